@@ -1,0 +1,21 @@
+# Each line is a command a person could type.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench clean-venv
+
+demo: .venv/installed
+	$(BIN)/alit run pipelines/configs/demo.yaml
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml constraints.txt
+	test -d .venv || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@

@@ -1,0 +1,1 @@
+"""The stages: one file, one job; artifacts in, an artifact out."""

@@ -1,0 +1,312 @@
+"""Typed artifacts: folders of Parquet or safetensors that become real when ``artifact.json`` is written, last.
+
+An artifact lives in ``<workspace>/<stage>/<key>/`` on a local disk or in a bucket (``s3://``). A stage writes into a
+:class:`Draft`, a folder beside the finished ones that nobody reads; :meth:`Draft.commit` moves it into place, so what
+stands under a key is whole, and a stage that is killed leaves nothing there.
+"""
+
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+Figures = dict[str, float | int | str]
+
+MANIFEST = "artifact.json"
+DRAFTS = ".drafts"
+
+IMAGES_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),  # hash of source-relative path and content
+        pa.field("uri", pa.string(), nullable=False),
+        pa.field("label", pa.string()),  # null when the source has none
+        pa.field("width", pa.int32(), nullable=False),  # of the original, px, after EXIF orientation
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("split", pa.string(), nullable=False),  # train | val
+        pa.field("image", pa.binary(), nullable=False),  # PNG (lossless), RGB, at the working size
+    ]
+)
+REJECTED_SCHEMA = pa.schema(
+    [pa.field("uri", pa.string(), nullable=False), pa.field("reason", pa.string(), nullable=False)]
+)
+COUNTS_SCHEMA = pa.schema(
+    [
+        pa.field("image_id", pa.string(), nullable=False),
+        pa.field("task", pa.string(), nullable=False),
+        pa.field("rule", pa.string(), nullable=False),
+        pa.field("num_tokens", pa.int32(), nullable=False),
+        pa.field("value", pa.float32()),  # the rule's metric at the chosen count
+        pa.field("satisfied", pa.bool_(), nullable=False),
+    ]
+)
+
+
+def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """The file system of ``uri`` (local path or ``s3://bucket/key``) and the path within it."""
+    if "://" in uri:
+        return fs.FileSystem.from_uri(uri)
+    return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
+
+
+def join(uri: str, *parts: str) -> str:
+    """``uri`` extended by ``parts``; raises ValueError when a part would leave the folder."""
+    for part in parts:
+        if ".." in part.split("/") or part.startswith("/"):
+            raise ValueError(f"path part {part!r}: it must stay inside {uri!r}")
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+def read_bytes(uri: str) -> bytes:
+    """The whole of one file; raises FileNotFoundError."""
+    store, path = filesystem(uri)
+    with store.open_input_stream(path) as stream:
+        return stream.read()
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """One file, whole or not at all: a local file is renamed into place, an object store puts it whole."""
+    store, path = filesystem(uri)
+    store.create_dir(path.rsplit("/", 1)[0], recursive=True)
+    if not isinstance(store, fs.LocalFileSystem):
+        with store.open_output_stream(path) as stream:
+            stream.write(data)
+        return
+    partial = f"{path}.{uuid.uuid4().hex}.part"
+    with store.open_output_stream(partial) as stream:
+        stream.write(data)
+    store.move(partial, path)
+
+
+def read_json(uri: str) -> Any:
+    """Parsed JSON; raises FileNotFoundError."""
+    return json.loads(read_bytes(uri))
+
+
+def write_json(uri: str, value: Any) -> None:
+    """``value`` as indented JSON, whole or not at all."""
+    write_bytes(uri, json.dumps(value, indent=2, sort_keys=True, default=str).encode())
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder stands at ``uri``."""
+    store, path = filesystem(uri)
+    return store.get_file_info(path).type != fs.FileType.NotFound
+
+
+def remove(uri: str) -> None:
+    """Delete the folder at ``uri`` if it is there."""
+    store, path = filesystem(uri)
+    if store.get_file_info(path).type == fs.FileType.Directory:
+        store.delete_dir(path)
+
+
+def folder_bytes(uri: str) -> int:
+    """Bytes in the files below ``uri``; 0 when it is not there."""
+    store, path = filesystem(uri)
+    infos = store.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
+    return sum(info.size for info in infos if info.type == fs.FileType.File)
+
+
+def write_table(uri: str, table: pa.Table) -> None:
+    """A small table as ``part-0.parquet`` in the folder ``uri``."""
+    store, path = filesystem(uri)
+    store.create_dir(path, recursive=True)
+    pq.write_table(table, f"{path}/part-0.parquet", filesystem=store, compression="zstd")
+
+
+def read_batches(uri: str, *, columns: list[str] | None = None, batch_rows: int = 65_536) -> Iterator[pa.RecordBatch]:
+    """The Parquet files of folder ``uri`` in name order, at most ``batch_rows`` rows in memory at a time."""
+    store, path = filesystem(uri)
+    for info in sorted(store.get_file_info(fs.FileSelector(path, recursive=True)), key=lambda info: info.path):
+        if info.path.endswith(".parquet"):
+            with store.open_input_file(info.path) as stream:
+                yield from pq.ParquetFile(stream).iter_batches(batch_size=batch_rows, columns=columns)
+
+
+def read_table(uri: str, *, columns: list[str] | None = None) -> pa.Table:
+    """The whole of folder ``uri``; for tables known to be small."""
+    return pa.Table.from_batches(list(read_batches(uri, columns=columns)))
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What ``artifact.json`` says of a finished artifact."""
+
+    schema: str
+    version: int
+    stage: str
+    key: str
+    inputs: dict[str, str]  # argument name -> key of the artifact that was read
+    config: dict[str, Any]
+    counts: Figures
+    mlflow_run_id: str | None = None
+    seconds: float = 0.0
+    created: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished folder; ``uri`` is where it stands, ``key`` what it was made from."""
+
+    uri: str
+    key: str
+    schema: ClassVar[str] = "artifact"
+    version: ClassVar[int] = 1
+
+    @classmethod
+    def open(cls, uri: str) -> Self:
+        """The artifact at ``uri``; raises FileNotFoundError, or ValueError when another kind or a newer version is there."""
+        manifest = read_manifest(uri)
+        if manifest is None:
+            raise FileNotFoundError(f"{uri}: no {MANIFEST} here, so no finished {cls.schema}")
+        if manifest.schema != cls.schema:
+            raise ValueError(f"{uri}: this is a {manifest.schema!r} artifact, a {cls.schema!r} is needed")
+        if manifest.version > cls.version:
+            raise ValueError(f"{uri}: {cls.schema} version {manifest.version}; this software reads up to {cls.version}")
+        return cls(uri=uri, key=manifest.key)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The parsed ``artifact.json``."""
+        manifest = read_manifest(self.uri)
+        if manifest is None:
+            raise FileNotFoundError(f"{self.uri}: {MANIFEST} is gone")
+        return manifest
+
+    @property
+    def table_uri(self) -> str:
+        """The folder of the artifact's main Parquet table."""
+        return join(self.uri, "table")
+
+
+@dataclass(frozen=True)
+class ImageSet(Artifact):
+    """``table``: IMAGES_SCHEMA; ``rejected``: REJECTED_SCHEMA; ``listing``: what the source held."""
+
+    schema: ClassVar[str] = "image_set"
+
+    @property
+    def rejected_uri(self) -> str:
+        """The folder of the table of images that could not be read."""
+        return join(self.uri, "rejected")
+
+
+@dataclass(frozen=True)
+class BaseTokenizer(Artifact):
+    """``weights.safetensors`` and ``config.json`` of the 2D base tokenizer."""
+
+    schema: ClassVar[str] = "base_tokenizer"
+
+
+@dataclass(frozen=True)
+class Tokenizer(Artifact):
+    """``weights.safetensors`` and ``config.json`` of the whole adaptive tokenizer, its base included."""
+
+    schema: ClassVar[str] = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Judge(Artifact):
+    """A model that answers a task for an image."""
+
+    schema: ClassVar[str] = "judge"
+
+
+@dataclass(frozen=True)
+class CodeBook(Artifact):
+    """``table``: image_id, codes: the codes of every budget, one budget after the other, flat (float16 when continuous)."""
+
+    schema: ClassVar[str] = "code_book"
+
+
+@dataclass(frozen=True)
+class ScoreTable(Artifact):
+    """``table``: image_id, split and, per metric, a list with one float32 per budget."""
+
+    schema: ClassVar[str] = "score_table"
+
+
+@dataclass(frozen=True)
+class TokenCounts(Artifact):
+    """``table``: COUNTS_SCHEMA."""
+
+    schema: ClassVar[str] = "token_counts"
+
+
+@dataclass(frozen=True)
+class TokenArchive(Artifact):
+    """``table``: image_id, num_tokens, token_ids; ``tokenizer.json``: the tokenizer's digest and where it stood."""
+
+    schema: ClassVar[str] = "token_archive"
+
+
+@dataclass(frozen=True)
+class Publication(Artifact):
+    """``publication.json``: the registered model's name and version, the runs, the tables."""
+
+    schema: ClassVar[str] = "publication"
+
+
+def read_manifest(uri: str) -> Manifest | None:
+    """The manifest of the artifact at ``uri``, or None when none is finished there."""
+    try:
+        return Manifest(**read_json(join(uri, MANIFEST)))
+    except FileNotFoundError:
+        return None
+
+
+class Draft:
+    """The folder a stage writes into before its artifact is real."""
+
+    def __init__(self, workspace: str, stage: str, key: str) -> None:
+        self.final = join(workspace, stage, key)
+        self.uri = join(workspace, DRAFTS, f"{stage}-{key}-{uuid.uuid4().hex[:8]}")
+        store, path = filesystem(self.uri)
+        store.create_dir(path, recursive=True)
+
+    def commit(self, manifest: Manifest) -> str:
+        """Make the artifact real and return its URI.
+
+        Locally one rename moves folder and manifest together; in a bucket the manifest is copied after all else.
+        """
+        store, path = filesystem(self.uri)
+        _, final = filesystem(self.final)
+        write_json(join(self.uri, MANIFEST), asdict(manifest))
+        remove(self.final)
+        if isinstance(store, fs.LocalFileSystem):
+            store.create_dir(final.rsplit("/", 1)[0], recursive=True)
+            store.move(path, final)
+            return self.final
+        names = [i.path.removeprefix(path) for i in store.get_file_info(fs.FileSelector(path, recursive=True)) if i.is_file]
+        for name in sorted(names, key=lambda name: name == f"/{MANIFEST}"):
+            store.copy_file(path + name, final + name)
+        store.delete_dir(path)
+        return self.final
+
+    def discard(self) -> None:
+        """Delete what was written."""
+        remove(self.uri)
+
+
+def silent(_: str) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the runner hands a stage besides its config and inputs."""
+
+    stage: str
+    key: str
+    workspace: str
+    output: str  # the draft's folder: write the artifact's files here
+    scratch: str  # kept between runs of the same key: training checkpoints
+    tracking: Mapping[str, str] = field(default_factory=dict)  # components.tracking.Tracker's fields
+    progress: Callable[[str], None] = silent  # one short line for the person at the terminal

@@ -1,0 +1,137 @@
+"""The typed settings of every stage. Light on purpose: the command line reads these without torch, Ray or MLflow.
+
+A stage's *config* decides its result and is hashed into its key; its *resources* (workers, batch sizes at inference,
+how often to log) must not change the result and are left out of the key.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Frozen; an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class DataConfig(Settings):
+    """Where the images are and what becomes of them before a model sees them."""
+
+    source: str  # "demo" or a folder
+    image_size: PositiveInt = 256  # px; the short side is resized to it, the centre is kept
+    held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of images in the val split where the source names none
+    limit: PositiveInt | None = None  # the first so many files of the listing
+    crops: PositiveInt = 320  # demo source only: how many crops are cut from the photographs
+
+
+class IngestConfig(Settings):
+    """Limits of the ingest stage."""
+
+    max_rejected: Annotated[int, Field(ge=0)] = 1000  # more bad images than this fail the run
+    max_pixels: PositiveInt = 100_000_000  # width x height of a source image; larger ones are rejected
+    max_bytes: PositiveInt = 200_000_000  # of a source file
+
+
+class IngestStageConfig(Settings):
+    """What decides an ImageSet, besides the listing of its source."""
+
+    data: DataConfig
+    limits: IngestConfig = IngestConfig()
+
+
+class IngestResources(Settings):
+    """How ingest is spread out."""
+
+    tasks: PositiveInt = 2  # decoding tasks at once, one CPU each
+    files_per_block: PositiveInt = 64
+
+
+class OptimizerConfig(Settings):
+    """AdamW with warm-up and a half cosine to min_lr (ALIT.md section 7)."""
+
+    base_lr: PositiveFloat = 1.5e-4  # for an effective batch of 256; the rate used is base_lr * batch / 256
+    lr: PositiveFloat | None = None  # the rate itself, instead of base_lr
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    clip_norm: PositiveFloat = 3.0
+    ema_decay: Fraction = 0.999
+
+
+class TrainStageConfig(Settings):
+    """One training stage."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = 32  # images a step over all workers
+    seed: int = 0
+    crop_scale: tuple[Fraction, Fraction] = (0.8, 1.0)  # random resized crop: share of the area
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+
+class TrainResources(Settings):
+    """How training is spread out and how often it saves and speaks."""
+
+    workers: PositiveInt = 2
+    cpus_per_worker: PositiveFloat = 0.5
+    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
+    checkpoint_every: PositiveInt = 100  # steps
+    eval_every: PositiveInt = 100  # steps
+    log_every: PositiveInt = 10  # steps
+
+
+class InferenceResources(Settings):
+    """How tokenize and score are spread out."""
+
+    batch_size: PositiveInt = 32
+    actors: PositiveInt = 1
+    cpus_per_actor: PositiveFloat = 1.0
+    gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+
+
+Metric = Literal["l1", "mse", "psnr"]
+
+
+class RuleConfig(Settings):
+    """One of the rules of model/selection.py."""
+
+    kind: Literal["threshold", "within", "best", "mean_tokens"]
+    metric: Metric
+    max: float | None = None
+    min: float | None = None
+    ratio: PositiveFloat | None = None
+    mean: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _needs(self) -> "RuleConfig":
+        given = {name for name in ("max", "min", "ratio", "mean") if getattr(self, name) is not None}
+        allowed = {"threshold": [{"max"}, {"min"}], "within": [{"ratio"}], "best": [set()], "mean_tokens": [{"mean"}]}
+        if given not in allowed[self.kind]:
+            wanted = " or ".join("+".join(sorted(names)) or "no parameter" for names in allowed[self.kind])
+            raise ValueError(f"a {self.kind!r} rule takes {wanted}, it was given {sorted(given) or 'none'}")
+        return self
+
+
+class TaskConfig(Settings):
+    """A task: what is measured at each budget and the rule that picks one."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    judge: Literal["none"] = "none"
+    metrics: tuple[Metric, ...] = ("l1", "mse", "psnr")
+    rule: RuleConfig
+
+    @model_validator(mode="after")
+    def _rule_metric_is_measured(self) -> "TaskConfig":
+        if self.rule.metric not in self.metrics:
+            raise ValueError(f"rule.metric {self.rule.metric!r} is not among this task's metrics {list(self.metrics)}")
+        return self
+
+
+class PublishConfig(Settings):
+    """What is registered in MLflow and under which name."""
+
+    model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "alit"
+    pictures: Annotated[int, Field(ge=0, le=64)] = 6
