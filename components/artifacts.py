@@ -146,6 +146,8 @@ class Manifest:
     inputs: dict[str, str]  # argument name -> key of the artifact that was read
     config: dict[str, Any]
     counts: Figures
+    code: str = "1"  # version of the stage's code
+    fingerprint: dict[str, Any] = field(default_factory=dict)  # facts of the outside world that are in the key
     mlflow_run_id: str | None = None
     seconds: float = 0.0
     created: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -284,7 +286,9 @@ class Draft:
             store.create_dir(final.rsplit("/", 1)[0], recursive=True)
             store.move(path, final)
             return self.final
-        names = [i.path.removeprefix(path) for i in store.get_file_info(fs.FileSelector(path, recursive=True)) if i.is_file]
+        names = [
+            i.path.removeprefix(path) for i in store.get_file_info(fs.FileSelector(path, recursive=True)) if i.is_file
+        ]
         for name in sorted(names, key=lambda name: name == f"/{MANIFEST}"):
             store.copy_file(path + name, final + name)
         store.delete_dir(path)

@@ -135,3 +135,18 @@ class PublishConfig(Settings):
 
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "alit"
     pictures: Annotated[int, Field(ge=0, le=64)] = 6
+
+
+class RaySettings(Settings):
+    """Which Ray runs the stages: RAY_ADDRESS in the environment, else ``address``, else one started for the run."""
+
+    address: str | None = None  # host:port of a running cluster's head, or "auto"
+    num_cpus: PositiveInt | None = None  # of a Ray that is started here; none: what this process may use
+    object_store_mb: Annotated[int, Field(ge=80)] = 300  # of a Ray that is started here, MiB
+
+
+class MlflowSettings(Settings):
+    """Where runs are recorded: MLFLOW_TRACKING_URI in the environment, else ``uri``, else the workspace."""
+
+    uri: str | None = None
+    experiment: Annotated[str, Field(min_length=1)] = "alit"
