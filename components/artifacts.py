@@ -6,9 +6,11 @@ stands under a key is whole, and a stage that is killed leaves nothing there.
 """
 
 import json
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -112,6 +114,18 @@ def folder_bytes(uri: str) -> int:
     store, path = filesystem(uri)
     infos = store.get_file_info(fs.FileSelector(path, recursive=True, allow_not_found=True))
     return sum(info.size for info in infos if info.type == fs.FileType.File)
+
+
+@contextmanager
+def local_folder(uri: str) -> Iterator[str]:
+    """Folder ``uri`` as a local path, copied from a bucket for as long as the block lasts."""
+    store, path = filesystem(uri)
+    if isinstance(store, fs.LocalFileSystem):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as copy:
+        fs.copy_files(path, copy, source_filesystem=store, destination_filesystem=fs.LocalFileSystem())
+        yield copy
 
 
 def write_table(uri: str, table: pa.Table) -> None:

@@ -6,7 +6,18 @@ how often to log) must not change the result and are left out of the key.
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
+
+from model.config import AlitConfig, BaseConfig, BaseObjectiveConfig, DistillConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -50,25 +61,28 @@ class IngestResources(Settings):
 
 
 class OptimizerConfig(Settings):
-    """AdamW with warm-up and a half cosine to min_lr (ALIT.md section 7)."""
+    """AdamW with a linear warm-up and half a cosine down to min_lr (ALIT.md section 7)."""
 
     base_lr: PositiveFloat = 1.5e-4  # for an effective batch of 256; the rate used is base_lr * batch / 256
     lr: PositiveFloat | None = None  # the rate itself, instead of base_lr
-    min_lr: Annotated[float, Field(ge=0)] = 0.0
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    min_lr: NonNegativeFloat = 0.0
+    warmup_steps: NonNegativeInt = 100
     betas: tuple[Fraction, Fraction] = (0.9, 0.95)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+    weight_decay: NonNegativeFloat = 0.05  # of matrices; norms, biases, tokens, positions and codebooks have none
     clip_norm: PositiveFloat = 3.0
-    ema_decay: Fraction = 0.999
+    ema_decay: Fraction = 0.9999
 
 
-class TrainStageConfig(Settings):
-    """One training stage."""
+class TrainConfig(Settings):
+    """One training stage, whatever it minimises."""
 
-    steps: PositiveInt
-    batch_size: PositiveInt = 32  # images a step over all workers
+    steps: NonNegativeInt
+    batch_size: PositiveInt = 256  # images a step over all workers
     seed: int = 0
     crop_scale: tuple[Fraction, Fraction] = (0.8, 1.0)  # random resized crop: share of the area
+    precision: Literal["fp32", "bf16"] = "fp32"
+    revive_every: NonNegativeInt = 0  # steps between moves of dead codes onto latents in use; 0: never
+    eval_images: PositiveInt = 256  # held-out images looked at in an evaluation
     optimizer: OptimizerConfig = OptimizerConfig()
 
 
@@ -76,11 +90,35 @@ class TrainResources(Settings):
     """How training is spread out and how often it saves and speaks."""
 
     workers: PositiveInt = 2
-    cpus_per_worker: PositiveFloat = 0.5
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0.0
-    checkpoint_every: PositiveInt = 100  # steps
-    eval_every: PositiveInt = 100  # steps
+    cpus_per_worker: PositiveFloat = 1.0
+    gpus_per_worker: NonNegativeFloat = 0.0
+    checkpoint_every: PositiveInt = 500  # steps
+    eval_every: PositiveInt = 500  # steps
     log_every: PositiveInt = 10  # steps
+    cache_mb: NonNegativeInt = 512  # a train split of at most so many MB of pixels stays in each worker's memory
+    max_failures: NonNegativeInt = 2  # restarts of the worker group from the last checkpoint
+    start: str | None = None  # folder of the Tokenizer to go on from; its digest is in the key
+
+
+class BaseStageConfig(Settings):
+    """What decides a base tokenizer."""
+
+    image_size: PositiveInt
+    base: BaseConfig
+    objective: BaseObjectiveConfig
+    train: TrainConfig
+
+
+class DistillStageConfig(Settings):
+    """What decides a tokenizer, besides its base."""
+
+    tokenizer: AlitConfig
+    objective: DistillConfig
+    train: TrainConfig
+
+
+class NoConfig(Settings):
+    """A stage that its inputs alone decide."""
 
 
 class InferenceResources(Settings):
@@ -93,6 +131,12 @@ class InferenceResources(Settings):
 
 
 Metric = Literal["l1", "mse", "psnr"]
+
+
+class ScoreStageConfig(Settings):
+    """What is measured at each budget."""
+
+    metrics: tuple[Metric, ...]
 
 
 class RuleConfig(Settings):
@@ -108,7 +152,12 @@ class RuleConfig(Settings):
     @model_validator(mode="after")
     def _needs(self) -> "RuleConfig":
         given = {name for name in ("max", "min", "ratio", "mean") if getattr(self, name) is not None}
-        allowed = {"threshold": [{"max"}, {"min"}], "within": [{"ratio"}], "best": [set()], "mean_tokens": [{"mean"}]}
+        allowed: dict[str, list[set[str]]] = {
+            "threshold": [{"max"}, {"min"}],
+            "within": [{"ratio"}],
+            "best": [set()],
+            "mean_tokens": [{"mean"}],
+        }
         if given not in allowed[self.kind]:
             wanted = " or ".join("+".join(sorted(names)) or "no parameter" for names in allowed[self.kind])
             raise ValueError(f"a {self.kind!r} rule takes {wanted}, it was given {sorted(given) or 'none'}")

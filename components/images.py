@@ -9,12 +9,13 @@ import hashlib
 import io
 import math
 import threading
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 if TYPE_CHECKING:
     import torch
@@ -97,7 +98,7 @@ def to_working_size(image: Image.Image, size: int) -> Image.Image:
 def encode_png(image: Image.Image) -> bytes:
     """``image`` as PNG: lossless, fast rather than smallest."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", compress_level=1)
+    image.save(buffer, "PNG", compress_level=1, compress_type=zlib.Z_RLE)  # 20% faster for 1% more bytes (photographs)
     return buffer.getvalue()
 
 
@@ -168,7 +169,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise BadImage("empty file")
     try:
         image = _read_header(data)
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         kind = _signature(data)
         raise BadImage(f"{kind} with a damaged header" if kind else "not an image of a known format") from None
     width, height = image.size

@@ -9,7 +9,7 @@ the listing, depend on nothing but the source and the config.
 import hashlib
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -160,9 +160,9 @@ def choose_split(path: str, held_out: float) -> str:
     return "val" if number < held_out * 2**64 else "train"
 
 
-def _decode_all(work: Work, num_blocks: int, *, tasks: int) -> Iterator[Tally]:
+def _decode_all(work: Work, num_blocks: int, *, tasks: int) -> Generator[Tally, None, None]:
     """The blocks' tallies as they are done, in any order; closing it ends what still runs."""
-    import ray
+    import ray.data
 
     context = ray.data.DataContext.get_current().copy()
     context.enable_progress_bars = False
@@ -172,12 +172,16 @@ def _decode_all(work: Work, num_blocks: int, *, tasks: int) -> Iterator[Tally]:
         done = blocks.map(
             _decode_row,
             fn_args=(work,),
-            compute=ray.data.TaskPoolStrategy(size=tasks),
+            compute=ray.data.TaskPoolStrategy(size=min(tasks, num_blocks)),
             num_cpus=1,
-            max_retries=TASK_RETRIES,
+            ray_remote_args_fn=_remote_args,
         )
     for row in done.iter_rows():
         yield Tally.from_json(row["tally"])
+
+
+def _remote_args() -> dict[str, Any]:
+    return {"max_retries": TASK_RETRIES}
 
 
 def _decode_row(row: dict[str, Any], work: Work) -> dict[str, Any]:

@@ -17,6 +17,9 @@ _HOME = {
     "Best": "model.selection",
     "MeanTokens": "model.selection",
     "FixedTokens": "model.selection",
+    "PredictedThreshold": "model.predicted",
+    "LengthHead": "model.predicted",
+    "load_official": "model.official",
 }
 __all__ = list(_HOME)
 

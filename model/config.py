@@ -1,4 +1,4 @@
-"""Typed configs of the tokenizer and one table of named sizes. Frozen dataclasses; every error names field and value."""
+"""Typed configs and one table of named sizes. Frozen dataclasses; every error names field and value."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -78,6 +78,16 @@ class VAEConfig:
 
 
 BaseConfig = VQGANConfig | VAEConfig
+# By kind; model.base.register_base adds others.
+BASE_CONFIGS: dict[str, type[Any]] = {"vqgan": VQGANConfig, "vae": VAEConfig}
+
+
+def base_config(values: Mapping[str, Any]) -> BaseConfig:
+    """The config of a base from JSON values; raises ValueError or TypeError on a bad field."""
+    kind = values.get("kind")
+    _require(kind in BASE_CONFIGS, "base.kind", kind, f"one of {sorted(BASE_CONFIGS)}")
+    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    return BASE_CONFIGS[values["kind"]](**fields)
 
 
 def _check_convolutions(channels: int, multipliers: tuple[int, ...], groups: int) -> None:
@@ -180,12 +190,8 @@ class AlitConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "AlitConfig":
         """The inverse of :meth:`to_dict`; raises ValueError or TypeError on a bad field."""
         values = dict(values)
-        base = dict(values.pop("base"))
-        kinds: dict[str, type[VQGANConfig] | type[VAEConfig]] = {"vqgan": VQGANConfig, "vae": VAEConfig}
-        _require(base.get("kind") in kinds, "base.kind", base.get("kind"), f"one of {sorted(kinds)}")
-        base["channel_multipliers"] = tuple(base["channel_multipliers"])
         return cls(
-            base=kinds[base["kind"]](**base),
+            base=base_config(values.pop("base")),
             halting=HaltingConfig(**values.pop("halting", {})),
             image_size=tuple(values.pop("image_size")),
             budgets=tuple(values.pop("budgets")),
@@ -225,3 +231,47 @@ SIZES: Mapping[str, AlitConfig] = MappingProxyType(
         ),
     }
 )
+
+PAPER_ROLLOUT_WEIGHTS = (2.5, 2.0, 1.5, 1.25)  # of the first rollouts; 1 for those that follow
+
+
+@dataclass(frozen=True)
+class BaseObjectiveConfig:
+    """Pixel losses of the base tokenizer's own training.
+
+    ``revive_every``: steps between revivals of unused entries of a VQGAN's codebook; 0 is never.
+    """
+
+    l1_weight: float = 1.0
+    mse_weight: float = 1.0
+    regulariser_weight: float = 1.0
+    revive_every: int = 0
+
+    __pydantic_config__ = _STRICT
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """Latent distillation (paper section 4, stage 1). Defaults are the paper's, but for the label smoothing.
+
+    The authors build their criterion with smoothing 0.1 and then use its unsmoothed part; here it smooths when set.
+    ``pixel_weight``: L1 of the images through the frozen base decoder; 0 in the paper's stage 1.
+    ``sampled_rollouts``: how many rollouts, drawn anew each step, are decoded and enter the loss; None is all of them.
+    ``revive_every``: steps between revivals of unused codebook entries; 0, the paper's, is never.
+    """
+
+    token_weight: float = 1.0
+    label_smoothing: float = 0.0
+    code_weight: float = 1.0
+    quantizer_weight: float = 1.0
+    pixel_weight: float = 0.0
+    rollout_weights: tuple[float, ...] | None = None
+    sampled_rollouts: int | None = None
+    revive_every: int = 0
+
+    __pydantic_config__ = _STRICT
+
+    def weight(self, rollout: int) -> float:
+        """Weight of the token loss after ``rollout``."""
+        weights = self.rollout_weights or PAPER_ROLLOUT_WEIGHTS
+        return weights[rollout] if rollout < len(weights) else 1.0

@@ -31,5 +31,5 @@ def true_probability(logits_BGK: Tensor, indices_BG: Tensor) -> Tensor:
 
 
 def draw_uniform(shape: tuple[int, int], generator: torch.Generator, device: torch.device) -> Tensor:
-    """Uniform numbers in [0, 1) from ``generator`` (on its own device, so that a CPU seed gives the same everywhere)."""
+    """Uniforms in [0, 1) from ``generator``, drawn on its own device so that a CPU seed gives the same everywhere."""
     return torch.rand(shape, generator=generator, device=generator.device).to(device)

@@ -3,17 +3,18 @@
 Legend: B batch, G grid tokens, K codebook entries.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.base import BaseTokenizer
+from model.config import BaseObjectiveConfig, DistillConfig
+from model.quantizer import CodebookHealth, VectorQuantizer
 from model.rollout import RolloutStep
 from model.tokenizer import AlitTokenizer
-
-PAPER_ROLLOUT_WEIGHTS = (2.5, 2.0, 1.5, 1.25)  # of the first rollouts; 1 for those that follow
 
 
 @dataclass(frozen=True)
@@ -27,21 +28,49 @@ class Term:
 
 @dataclass(frozen=True)
 class Loss:
-    """The scalar to minimise and what it is made of."""
+    """The scalar to minimise and what it is made of; ``made``: by rollout, the reconstructions it judged, detached."""
 
     total: Tensor
     terms: tuple[Term, ...]
+    made: Mapping[int, Tensor] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class BaseObjectiveConfig:
-    """Pixel losses of the base tokenizer's own training."""
+def train_only(objective: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Let gradients reach ``parameters`` alone, so that nothing is computed for what is frozen."""
+    objective.requires_grad_(False)
+    for parameter in parameters.values():
+        parameter.requires_grad_(True)
 
-    l1_weight: float = 1.0
-    mse_weight: float = 1.0
-    regulariser_weight: float = 1.0
 
-    __pydantic_config__ = {"extra": "forbid"}
+def sampled_rollouts(
+    tokenizer: AlitTokenizer, images: Tensor, sampled: int | None, generator: torch.Generator
+) -> Iterator[tuple[int, RolloutStep]]:
+    """The rollouts that enter this step's loss: ``sampled`` different ones drawn anew, or all when that is None.
+
+    ``generator`` draws them, then the halting. Rollouts after the last chosen one don't run.
+    """
+    number = len(tokenizer.budgets)
+    chosen = set(range(number))
+    if sampled is not None:
+        chosen = set(torch.randperm(number, generator=generator, device=generator.device)[:sampled].tolist())
+    halting = generator if tokenizer.config.halting.enabled else None
+    for rollout, step in enumerate(tokenizer.rollout(images, halting_noise=halting)):
+        if rollout in chosen:
+            yield rollout, step
+        if rollout == max(chosen):
+            return
+
+
+def latent_health(tokenizer: AlitTokenizer) -> CodebookHealth | None:
+    """The health of the 1D codebook; None when the latents are continuous."""
+    if isinstance(tokenizer.quantizer, VectorQuantizer):
+        return CodebookHealth(tokenizer.quantizer.codebook, unit_length=True)
+    return None
+
+
+def unused_parameters(tokenizer: AlitTokenizer) -> tuple[str, ...]:
+    """Names of what no loss can reach: the halting mask where halting is off."""
+    return () if tokenizer.config.halting.enabled else ("tokenizer.encoder.mask_token",)
 
 
 class BaseObjective(nn.Module):
@@ -51,6 +80,8 @@ class BaseObjective(nn.Module):
         super().__init__()
         self.base = base
         self.config = config
+        table = base.code_table()
+        self.health = None if table is None else CodebookHealth(table, unit_length=False)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Every parameter of the base, by name."""
@@ -59,36 +90,13 @@ class BaseObjective(nn.Module):
     def forward(self, images: Tensor, generator: torch.Generator) -> Loss:
         """Loss of images [B, 3, H, W] in [0, 1]."""
         result = self.base.autoencode(images, generator)
+        if self.training and self.health is not None and result.codes is not None:
+            self.health.record(result.codes, result.latents_BGE)
         l1, mse = F.l1_loss(result.images, images), F.mse_loss(result.images, images)
         config = self.config
         total = config.l1_weight * l1 + config.mse_weight * mse + config.regulariser_weight * result.regulariser
         parts = {"l1": l1, "mse": mse, "regulariser": result.regulariser}
         return Loss(total, tuple(Term(name, None, value.detach()) for name, value in parts.items()))
-
-
-@dataclass(frozen=True)
-class DistillConfig:
-    """Latent distillation (paper section 4, stage 1). Defaults are the paper's, but for the label smoothing.
-
-    The authors build their criterion with smoothing 0.1 and then use its unsmoothed part; here it smooths when set.
-    ``pixel_weight``: L1 of the images through the frozen base decoder; 0 in the paper's stage 1.
-    ``sampled_rollouts``: how many rollouts, drawn anew each step, are decoded and enter the loss; None is all of them.
-    """
-
-    token_weight: float = 1.0
-    label_smoothing: float = 0.0
-    code_weight: float = 1.0
-    quantizer_weight: float = 1.0
-    pixel_weight: float = 0.0
-    rollout_weights: tuple[float, ...] | None = None
-    sampled_rollouts: int | None = None
-
-    __pydantic_config__ = {"extra": "forbid"}
-
-    def weight(self, rollout: int) -> float:
-        """Weight of the token loss after ``rollout``."""
-        weights = self.rollout_weights or PAPER_ROLLOUT_WEIGHTS
-        return weights[rollout] if rollout < len(weights) else 1.0
 
 
 class DistillObjective(nn.Module):
@@ -98,36 +106,27 @@ class DistillObjective(nn.Module):
         super().__init__()
         self.tokenizer = tokenizer
         self.config = config
+        self.health = latent_health(tokenizer)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """All but the base; the halting mask only where halting is on."""
-        frozen = ["tokenizer.base."]
-        if not self.tokenizer.config.halting.enabled:
-            frozen.append("tokenizer.encoder.mask_token")
-        return {name: p for name, p in self.named_parameters() if not name.startswith(tuple(frozen))}
+        frozen = ("tokenizer.base.", *unused_parameters(self.tokenizer))
+        return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Loss:
         """Loss of images [B, 3, H, W] in [0, 1]; ``generator`` draws the rollouts and the halting."""
-        chosen = self._chosen(generator)
-        total, terms = images.new_zeros(()), []
-        halting = generator if self.tokenizer.config.halting.enabled else None
-        for rollout, step in enumerate(self.tokenizer.rollout(images, halting_noise=halting)):
-            if rollout in chosen:
-                loss = self._step(images, rollout, step)
-                total = total + loss.total
-                terms.extend(loss.terms)
-            if rollout == max(chosen):
-                break
+        total, terms = images.new_zeros(()), list[Term]()
+        rollouts = sampled_rollouts(self.tokenizer, images, self.config.sampled_rollouts, generator)
+        for rollout, step in rollouts:
+            if self.training and self.health is not None and step.codes is not None:
+                self.health.record(step.codes, step.projected)
+            loss = self._step(images, rollout, step)
+            total = total + loss.total
+            terms.extend(loss.terms)
         return Loss(total, tuple(terms))
 
-    def _chosen(self, generator: torch.Generator) -> set[int]:
-        number = len(self.tokenizer.budgets)
-        if self.config.sampled_rollouts is None:
-            return set(range(number))
-        order = torch.randperm(number, generator=generator, device=generator.device)
-        return set(order[: self.config.sampled_rollouts].tolist())
-
     def _step(self, images: Tensor, rollout: int, step: RolloutStep) -> Loss:
+        """Loss of one rollout."""
         base, config = self.tokenizer.base, self.config
         token = base.distance(step.grid, step.target, config.label_smoothing).mean()
         parts = {"token": token, "quantizer": step.quantized.loss}

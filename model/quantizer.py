@@ -3,7 +3,7 @@
 Legend: B batch, L latent tokens, D numbers in a latent, K codebook entries.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,16 +51,8 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def nearest(self, unit_BLD: Tensor) -> Tensor:
-        """Index of the nearest entry; on the unit sphere that is the largest dot product. Ties take the lowest index."""
+        """Index of the nearest entry (on the unit sphere: the largest dot product); ties take the lowest index."""
         return (unit_BLD @ self.entries().T).argmax(dim=-1)
-
-    @torch.no_grad()
-    def revive(self, counts_K: Tensor, latents_ND: Tensor, generator: torch.Generator) -> int:
-        """Move entries that ``counts_K`` says nobody used onto random latents of a batch; returns how many moved."""
-        dead = torch.nonzero(counts_K == 0).flatten()
-        chosen = torch.randint(len(latents_ND), (len(dead),), generator=generator)
-        self.codebook.weight[dead] = F.normalize(latents_ND[chosen].float(), dim=-1)
-        return len(dead)
 
 
 class Continuous(nn.Module):
@@ -69,3 +61,65 @@ class Continuous(nn.Module):
     def forward(self, latents_BLD: Tensor) -> Quantized:
         """Latents as they are, no codes, zero loss."""
         return Quantized(latents_BLD, None, latents_BLD.new_zeros(()))
+
+
+class CodebookHealth:
+    """Which entries of a codebook training uses, and a new place for those that nobody does.
+
+    An objective records every training step, without a host sync. No module and no buffers: the tensors belong to one
+    rank, and DDP would copy rank 0's over the others'. To keep ranks equal a trainer sums ``counts`` over the ranks in
+    place before it reads or revives, calls :meth:`revive` on rank 0 and broadcasts rank 0's ``codebook.weight``.
+    """
+
+    def __init__(self, codebook: nn.Embedding, *, unit_length: bool, keep: int = 4096) -> None:
+        self.codebook = codebook
+        self.unit_length = unit_length
+        self.keep = keep
+        self.counts = torch.zeros(codebook.num_embeddings, dtype=torch.int64)  # uses since the last reset
+        self.recent = torch.zeros(0, codebook.embedding_dim)  # float32 latents, the newest first
+
+    @torch.no_grad()
+    def record(self, codes: Tensor, latents: Tensor) -> None:
+        """Count ``codes`` (int64 [...]) and remember some of the ``latents`` [..., D] that they stand for."""
+        codes = codes.flatten()
+        self.counts = self.counts.to(codes.device)
+        self.counts.scatter_add_(0, codes, torch.ones_like(codes))
+        rows = latents.detach().flatten(0, -2).float()
+        stride = max(1, 4 * len(rows) // self.keep)  # at most about a quarter of what is kept changes in one call
+        self.recent = torch.cat([rows[::stride], self.recent.to(rows.device)])[: self.keep]
+
+    def usage(self) -> Tensor:
+        """Share of the entries used since the last reset, scalar in [0, 1]."""
+        return (self.counts > 0).float().mean()
+
+    def perplexity(self) -> Tensor:
+        """exp of the entropy of the counts: how many entries, evenly used, would be as varied; scalar, 1 to K."""
+        share = self.counts / self.counts.sum().clamp(min=1)
+        return torch.special.entr(share).sum().exp()
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.counts.zero_()
+
+    @torch.no_grad()
+    def revive(self, generator: torch.Generator) -> int:
+        """Move entries unused since the last reset onto recent latents, each its own; reset; returns how many moved.
+
+        With more dead entries than latents kept, the rest wait for the next call. Syncs with the host.
+        """
+        dead = torch.nonzero(self.counts == 0).flatten()
+        order = torch.randperm(len(self.recent), generator=generator, device=generator.device)
+        chosen = self.recent[order.to(self.recent.device)[: len(dead)]]
+        dead = dead[: len(chosen)]
+        rows = F.normalize(chosen, dim=-1) if self.unit_length else chosen
+        self.codebook.weight[dead] = rows.to(self.codebook.weight)
+        self.reset()
+        return len(dead)
+
+    def state_dict(self) -> dict[str, Any]:
+        """For a training checkpoint."""
+        return {"counts": self.counts, "recent": self.recent}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`."""
+        self.counts, self.recent = state["counts"].clone(), state["recent"].clone()

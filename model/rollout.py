@@ -53,6 +53,20 @@ class RolloutStep:
         """The decoder's prediction: logits [B, G, K] for a VQGAN base, codes [B, G, E] for a VAE."""
         return self._tokenizer.decoder(self.latents)
 
+    def decided_grid(self) -> Tensor:
+        """The grid for a decision: without gradient, and where it wasn't asked for before, leaving nothing behind."""
+        if "grid" in self.__dict__ or not torch.is_grad_enabled():
+            return self.grid.detach()
+        with torch.no_grad():
+            return RolloutStep(self._tokenizer, self.hidden, self.target).grid
+
+    def narrowed(self, rows: Tensor) -> "RolloutStep":
+        """The same step for some images (int64 [b]) of the batch, with the grid if it was computed."""
+        step = RolloutStep(self._tokenizer, self.hidden[rows], self.target[rows])
+        if "grid" in self.__dict__:
+            step.grid = self.grid[rows]
+        return step
+
     @cached_property
     def images(self) -> Tensor:
         """Reconstructions [B, 3, H, W] as the base decodes them: nominally [0, 1], not clamped."""
@@ -91,9 +105,7 @@ class Rollout(Iterator[RolloutStep]):
         """Go on with only these rows (int64 [b]) of the last step."""
         self._rows, self._target, self._x = self._rows[rows], self._target[rows], self._x[rows]
         if self._previous is not None and self._tokenizer.config.halting.enabled:
-            step = RolloutStep(self._tokenizer, self._previous.hidden[rows], self._target)
-            step.grid = self._previous.grid[rows]
-            self._previous = step
+            self._previous = self._previous.narrowed(rows)
 
     def __next__(self) -> RolloutStep:
         """Run one more rollout; StopIteration after the last budget."""
@@ -113,5 +125,6 @@ class Rollout(Iterator[RolloutStep]):
 
     def _halted(self, step: RolloutStep, rollout: int) -> Tensor:
         """Which grid tokens stop after ``rollout``; no gradient flows through the decision."""
-        uniform = self._noise.draw(rollout, self._rows, step.grid.shape[1])
-        return self._tokenizer.halted(step.grid.detach(), self._target, uniform)
+        grid = step.decided_grid()
+        uniform = self._noise.draw(rollout, self._rows, grid.shape[1])
+        return self._tokenizer.halted(grid, self._target, uniform)

@@ -42,6 +42,11 @@ class Rule(Protocol):
         """For values [N, k] of the first k budgets: images whose choice is their last column, whatever would follow."""
         ...
 
+    @property
+    def reads_last(self) -> bool:
+        """Whether the value at the most tokens can change the choice; if not, it need not be measured."""
+        ...
+
 
 def _checked(values: Floats, budgets: Sequence[int]) -> Floats:
     values = np.asarray(values)
@@ -54,7 +59,7 @@ def _checked(values: Floats, budgets: Sequence[int]) -> Floats:
 
 def _first(good: NDArray[np.bool_]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """The first True of each row, else the last column; and whether there was one."""
-    satisfied = good.any(axis=1)
+    satisfied: NDArray[np.bool_] = np.asarray(good.any(axis=1))
     return np.where(satisfied, good.argmax(axis=1), good.shape[1] - 1).astype(np.int64), satisfied
 
 
@@ -75,7 +80,10 @@ class Threshold:
             raise ValueError(f"Threshold(max={self.max}, min={self.min}): exactly one of the two is needed")
 
     def _good(self, values: Floats) -> NDArray[np.bool_]:
-        return values <= self.max if self.max is not None else values >= self.min
+        if self.max is not None:
+            return np.asarray(values <= self.max)
+        assert self.min is not None
+        return np.asarray(values >= self.min)
 
     def select(self, values: Floats, budgets: Sequence[int]) -> Selection:
         """Choose one budget an image."""
@@ -86,6 +94,11 @@ class Threshold:
         """Met at the last column."""
         return self._good(values[:, -1])
 
+    @property
+    def reads_last(self) -> bool:
+        """No: an image that comes so far gets the most tokens either way."""
+        return False
+
 
 class _NeedsEveryBudget:
     """A rule that can decide nothing before it has seen the largest budget."""
@@ -93,6 +106,11 @@ class _NeedsEveryBudget:
     def settled(self, values: Floats) -> NDArray[np.bool_]:
         """Never."""
         return np.zeros(len(values), dtype=bool)
+
+    @property
+    def reads_last(self) -> bool:
+        """Yes."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -204,7 +222,7 @@ def _hull_edges(loss: Floats, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int
     finite = np.isfinite(loss)
     start = np.where(finite.any(axis=1), finite.argmax(axis=1), 0).astype(np.int64)
     here, active = start.copy(), finite.any(axis=1)
-    parts: list[tuple[Floats, ...]] = []
+    parts: list[tuple[NDArray[Any], ...]] = []
     rows = np.arange(num_images)
     for _ in range(num_budgets - 1):
         with np.errstate(invalid="ignore", divide="ignore"):

@@ -3,25 +3,27 @@
 Legend: B batch, K budgets, L latents, D numbers in a latent, E base channels, G = h * w grid tokens, O head outputs.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from model.base import build_base
 from model.blocks import initialise
 from model.config import AlitConfig
 from model.distill import GridDecoder, LatentEncoder
+from model.files import load_folder, save_folder
 from model.metrics import METRICS
+from model.predicted import PredictedThreshold
 from model.quantizer import Continuous, VectorQuantizer
 from model.rollout import HaltingNoise, Rollout, RolloutStep
-from model.selection import FixedTokens, Rule
+from model.selection import FixedTokens, MeanTokens, Rule
 from model.tokens import TokenBatch
 
 FORMAT = "alit-tokenizer"
@@ -58,51 +60,79 @@ class AlitTokenizer(nn.Module):
         """Iterate over the budgets: one :class:`RolloutStep` each, and nothing computed that is not asked for.
 
         ``images``: float32 [B, 3, H, W] in [0, 1]; raises ValueError when the shape does not fit ``config.image_size``.
-        ``posterior_noise``: [B, E, h, w], a sample of a VAE's posterior instead of its mode. ``halting_noise``: uniforms
-        in [0, 1), one [B, G] a rollout, or a generator of them; without it halting is deterministic.
+        ``posterior_noise``: [B, E, h, w], a sample of a VAE's posterior instead of its mode. ``halting_noise``: uniform
+        numbers in [0, 1), one [B, G] a rollout, or a generator of them; without it halting is deterministic.
         Stop iterating and no further rollout runs. Gradients flow where they are enabled.
         """
         if images.ndim != 4 or images.shape[1] != 3 or tuple(images.shape[2:]) != self.config.image_size:
             height, width = self.config.image_size
             raise ValueError(f"images have shape {tuple(images.shape)}: [B, 3, {height}, {width}] is needed")
-        drawn = isinstance(halting_noise, torch.Generator)
-        noise = HaltingNoise(generator=halting_noise) if drawn else HaltingNoise(given=halting_noise)
+        if isinstance(halting_noise, torch.Generator):
+            noise = HaltingNoise(generator=halting_noise)
+        else:
+            noise = HaltingNoise(given=halting_noise)
         return Rollout(self, images, self.base.encode(images, posterior_noise), noise)
 
     @torch.no_grad()
-    def encode(self, images: Tensor, rule: Rule | int) -> TokenBatch:
+    def encode(self, images: Tensor, rule: Rule | PredictedThreshold | int) -> TokenBatch:
         """Each image's tokens at the count that ``rule`` chooses for it, alone.
 
         ``images``: float32 [B, 3, H, W] in [0, 1]. ``rule``: an int is a fixed budget. An image whose choice is settled
-        leaves the batch, so it costs no further rollout; reconstructions are decoded only for rules that look at them.
+        leaves the batch, so it costs no further rollout; only rules that look at reconstructions have them decoded.
+        Raises ValueError for a budget that isn't one and for MeanTokens, which weighs images against each other.
         """
-        if isinstance(rule, int):
-            return self._encode_fixed(images, rule)
+        if isinstance(rule, MeanTokens):
+            raise ValueError("rule MeanTokens chooses over a whole data set: select from its scores instead")
+        rule = FixedTokens(rule) if isinstance(rule, int) else rule
+        rollout = self.rollout(images)
+        if not len(images):
+            return TokenBatch.from_list([], self.config.codebook_size)
+        if isinstance(rule, FixedTokens):
+            blank = np.zeros((len(images), len(self.budgets)))
+            return self._gathered(rollout, next(rollout), rule.select(blank, self.budgets).column)
+        if isinstance(rule, PredictedThreshold):
+            first = next(rollout)
+            return self._gathered(rollout, first, rule.select(rule.predict(first), self.budgets).column)
+        return self._measured(rollout, images, rule)
+
+    def _gathered(self, rollout: Rollout, step: RolloutStep, column: NDArray[np.int64]) -> TokenBatch:
+        """Counts are known: run each image's rollouts, decode nothing."""
+        tokens = [np.zeros(0)] * len(column)
+        rows = np.arange(len(column))
+        while True:
+            done = column[rows] == rollout.num_done - 1
+            if done.any():
+                finished = step.narrowed(_index(np.flatnonzero(done), step.hidden))
+                for row, values in zip(rows[done], self._tokens(finished), strict=True):
+                    tokens[row] = values
+                rows = rows[~done]
+                if not len(rows):
+                    return TokenBatch.from_list(tokens, self.config.codebook_size)
+                rollout.keep(_index(np.flatnonzero(~done), step.hidden))
+            step = next(rollout)
+
+    def _measured(self, rollout: Rollout, images: Tensor, rule: Rule) -> TokenBatch:
+        """Counts depend on how well each budget reconstructs: decode and measure as far as the rule needs."""
         values = np.full((len(images), len(self.budgets)), np.nan, dtype=np.float32)
         tokens: list[list[NDArray[Any]]] = [[] for _ in range(len(images))]
         rows = np.arange(len(images))
-        rollout = self.rollout(images)
-        while len(rows) and rollout.num_done < len(self.budgets):
-            step = next(rollout)
+        for step in rollout:
             column = rollout.num_done - 1
-            restored = step.images.clamp(0, 1)
-            values[rows, column] = METRICS[rule.metric](images[rows], restored).float().cpu().numpy()
+            if rule.reads_last or column < len(self.budgets) - 1:
+                measured = METRICS[rule.metric](images, step.images.clamp(0, 1))
+                values[rows, column] = measured.float().cpu().numpy()
             for row, latents in zip(rows, self._tokens(step), strict=True):
                 tokens[row].append(latents)
             going_on = np.flatnonzero(~rule.settled(values[rows, : column + 1]))
-            rows = rows[going_on]
-            rollout.keep(torch.from_numpy(going_on).to(images.device))
-        column = rule.select(values, self.budgets).column
-        return TokenBatch.from_list(
-            [steps[k] for steps, k in zip(tokens, column, strict=True)], self.config.codebook_size
-        )
-
-    def _encode_fixed(self, images: Tensor, num_tokens: int) -> TokenBatch:
-        FixedTokens(num_tokens).select(np.zeros((0, len(self.budgets))), self.budgets)  # raises when it is no budget
-        for step in self.rollout(images):
-            if step.num_tokens == num_tokens:
+            if not len(going_on):
                 break
-        return TokenBatch.from_list(list(self._tokens(step)), self.config.codebook_size)
+            if len(going_on) < len(rows):
+                rollout.keep(_index(going_on, images))
+                rows, images = rows[going_on], images[_index(going_on, images)]
+        chosen = rule.select(values, self.budgets).column
+        return TokenBatch.from_list(
+            [steps[k] for steps, k in zip(tokens, chosen, strict=True)], self.config.codebook_size
+        )
 
     def _tokens(self, step: RolloutStep) -> NDArray[Any]:
         """Codes [B, L], or float32 latents [B, L, D] when continuous, on the CPU."""
@@ -111,7 +141,7 @@ class AlitTokenizer(nn.Module):
 
     @torch.no_grad()
     def decode(self, tokens: TokenBatch) -> Tensor:
-        """Images float32 [N, 3, H, W], clamped to [0, 1], in the order of ``tokens``; equal counts are decoded together.
+        """Images float32 [N, 3, H, W], clamped to [0, 1], in the order of ``tokens``; equal counts go together.
 
         Raises ValueError when a count is above the largest budget or the tokens are of another kind of tokenizer.
         """
@@ -134,13 +164,13 @@ class AlitTokenizer(nn.Module):
         """What the decoder reads for codes [B, L] (any integer type) or latents [B, L, D]."""
         if isinstance(self.quantizer, VectorQuantizer):
             return self.quantizer.lookup(values.long())
-        return values
+        return values.float()
 
     def grid_to_images(self, output_BGO: Tensor) -> Tensor:
         """The decoder's predictions to images [B, 3, H, W], not clamped."""
         rows, columns = self.config.grid
         code_BGE = self.base.code(output_BGO)
-        return self.base.decode(code_BGE.transpose(1, 2).unflatten(2, (rows, columns)))
+        return self.base.decode(code_BGE.transpose(1, 2).reshape(len(code_BGE), -1, rows, columns))
 
     def halted(self, output_BGO: Tensor, target: Tensor, uniform_BG: Tensor | None) -> Tensor:
         """Which grid tokens stop, bool [B, G]."""
@@ -149,28 +179,44 @@ class AlitTokenizer(nn.Module):
             threshold = self.base.default_halting_threshold
         return self.base.halted(output_BGO, target, threshold, uniform_BG)
 
+    def resized(self, image_size: tuple[int, int]) -> "AlitTokenizer":
+        """A copy for images of another (height, width) in px, its grid positions interpolated (bicubic).
+
+        Raises ValueError when the size is no multiple of the base's patch.
+        """
+        config = replace(self.config, image_size=image_size)
+        state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
+        for name in ("encoder.positions", "decoder.positions"):
+            state[name] = resize_positions(state[name], self.config.grid, config.grid)
+        return self.with_weights(config, state).train(self.training)
+
     def save(self, folder: str | Path) -> None:
         """Write ``weights.safetensors`` and ``config.json`` (with the format's version) into ``folder``."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.contiguous() for name, tensor in self.state_dict().items()}, folder / "weights.safetensors"
-        )
-        header = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": self.config.to_dict()}
-        (folder / "config.json").write_text(json.dumps(header, indent=2))
+        save_folder(folder, self.state_dict(), kind=FORMAT, version=FORMAT_VERSION, config=self.config.to_dict())
 
     @classmethod
     def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "AlitTokenizer":
         """The tokenizer saved in ``folder``, in eval mode; raises ValueError for another or a newer format."""
-        folder = Path(folder)
-        header = json.loads((folder / "config.json").read_text())
-        if header.get("format") != FORMAT:
-            raise ValueError(f"{folder}/config.json: format {header.get('format')!r}, {FORMAT!r} is needed")
-        if header["format_version"] > FORMAT_VERSION:
-            version = header["format_version"]
-            raise ValueError(
-                f"{folder}/config.json: format_version {version}; this software reads up to {FORMAT_VERSION}"
-            )
-        tokenizer = cls(AlitConfig.from_dict(header["config"]))
-        tokenizer.load_state_dict(load_file(folder / "weights.safetensors"))
-        return tokenizer.to(device).eval()
+        config, weights = load_folder(folder, kind=FORMAT, version=FORMAT_VERSION)
+        return cls.with_weights(AlitConfig.from_dict(config), weights).to(device).eval()
+
+    @classmethod
+    def with_weights(cls, config: AlitConfig, weights: Mapping[str, Tensor]) -> "AlitTokenizer":
+        """A tokenizer that holds ``weights`` (names of ``state_dict``) themselves; torch raises when they don't fit."""
+        with torch.device("meta"):  # no time for random weights that are overwritten at once
+            tokenizer = cls(config)
+        tokenizer.load_state_dict(weights, assign=True)
+        return tokenizer
+
+
+def resize_positions(table_SW: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Positions [1 + h * w, W] (row 0: the class token's, kept) for another grid, interpolated per channel."""
+    class_1W, grid_GW = table_SW[:1], table_SW[1:]
+    picture = grid_GW.T.reshape(1, -1, *grid)
+    shrinks = new_grid[0] < grid[0] or new_grid[1] < grid[1]
+    resized = F.interpolate(picture.float(), size=new_grid, mode="bicubic", align_corners=False, antialias=shrinks)
+    return torch.cat([class_1W, resized.to(table_SW.dtype).flatten(2)[0].T])
+
+
+def _index(rows: NDArray[np.int64], like: Tensor) -> Tensor:
+    return torch.from_numpy(rows).to(like.device)

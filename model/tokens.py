@@ -20,6 +20,13 @@ def id_type(codebook_size: int) -> type[np.unsignedinteger[Any]]:
     return np.uint8 if codebook_size <= 2**8 else np.uint16 if codebook_size <= 2**16 else np.uint32
 
 
+def _ids(values: NDArray[Any], codebook_size: int) -> NDArray[Any]:
+    """Token ids in their smallest type; raises ValueError when one is outside the codebook."""
+    if len(values) and (values.min() < 0 or values.max() >= codebook_size):
+        raise ValueError(f"token ids {values.min()} to {values.max()}: allowed is 0 to {codebook_size - 1}")
+    return values.astype(id_type(codebook_size), copy=False)
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """A ragged batch.
@@ -43,13 +50,16 @@ class TokenBatch:
 
     @classmethod
     def from_list(cls, images: Sequence[NDArray[Any]], codebook_size: int | None) -> "TokenBatch":
-        """From one array of tokens an image."""
+        """From one array of tokens an image: integers [L], or floats [L, D] (float16 stays, else float32).
+
+        Raises ValueError when an id is outside the codebook.
+        """
         counts = np.array([len(tokens) for tokens in images], dtype=np.int64)
-        dtype = np.float32 if codebook_size is None else id_type(codebook_size)
-        values = np.concatenate(images) if len(images) else np.zeros(0)
-        if codebook_size is not None and len(values) and (values.min() < 0 or values.max() >= codebook_size):
-            raise ValueError(f"token ids {values.min()} to {values.max()}: allowed is 0 to {codebook_size - 1}")
-        return cls(values.astype(dtype, copy=False), counts, codebook_size)
+        if codebook_size is not None:
+            values = np.concatenate(images) if len(images) else np.zeros(0, dtype=np.uint8)
+            return cls(_ids(values, codebook_size), counts, codebook_size)
+        values = np.concatenate(images) if len(images) else np.zeros((0, 0))
+        return cls(values.astype(np.float16 if values.dtype == np.float16 else np.float32, copy=False), counts, None)
 
     def __len__(self) -> int:
         return len(self.num_tokens)
@@ -68,9 +78,15 @@ class TokenBatch:
 
     @property
     def bits(self) -> NDArray[np.int64]:
-        """Size of each image in bits, int64 [N]: ceil(log2(codebook)) a token, or 16 a number when continuous."""
-        per_token = 16 * self.values.shape[-1] if self.codebook_size is None else ceil(log2(self.codebook_size))
-        return self.num_tokens * per_token
+        """Bits of each image, int64 [N]: ceil(log2(codebook)) a token; continuous: as stored, 16 or 32 a number."""
+        if self.codebook_size is None:
+            return self.num_tokens * (8 * self.values.dtype.itemsize * self.values.shape[-1])
+        return self.num_tokens * ceil(log2(self.codebook_size))
+
+    def half(self) -> "TokenBatch":
+        """Continuous latents as float16, as they are stored; ids as they are."""
+        values = self.values.astype(np.float16) if self.codebook_size is None else self.values
+        return TokenBatch(values, self.num_tokens, self.codebook_size)
 
     def to_arrow(self) -> "pa.ListArray":
         """A pyarrow list array with one list of tokens an image (latents: flattened, D numbers a token)."""
@@ -84,8 +100,17 @@ class TokenBatch:
     def from_arrow(
         cls, array: "pa.ListArray", codebook_size: int | None, latent_dim: int | None = None
     ) -> "TokenBatch":
-        """The inverse of :meth:`to_arrow`; ``latent_dim`` is D of a continuous tokenizer."""
-        lists = [np.asarray(item.values) for item in array]
-        if codebook_size is None:
-            lists = [item.reshape(-1, latent_dim or 1) for item in lists]
-        return cls.from_list(lists, codebook_size)
+        """The inverse of :meth:`to_arrow`; ``latent_dim`` is D of a continuous tokenizer (its values are D a token).
+
+        Raises ValueError when an id is outside the codebook, an image's numbers are no multiple of D, or a row is null.
+        """
+        if array.null_count:
+            raise ValueError(f"{array.null_count} rows are null: every image needs its tokens")
+        lengths = np.diff(np.asarray(array.offsets)).astype(np.int64)
+        values = array.flatten().to_numpy(zero_copy_only=False)
+        if codebook_size is not None:
+            return cls(_ids(values, codebook_size), lengths, codebook_size)
+        width = latent_dim or 1
+        if (lengths % width).any():
+            raise ValueError(f"latent_dim = {latent_dim}: an image has a number of values that is no multiple of it")
+        return cls(values.reshape(-1, width), lengths // width, None)

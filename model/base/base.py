@@ -24,6 +24,7 @@ class Autoencoded(NamedTuple):
     images: Tensor  # [B, 3, H, W], not clamped
     regulariser: Tensor  # scalar: the codebook and commitment terms, or the weighted KL divergence
     codes: Tensor | None  # int64 [B, G], None for a VAE
+    latents_BGE: Tensor  # what those codes stand for, or the posterior's sample
 
 
 class BaseTokenizer(nn.Module, ABC):
@@ -32,6 +33,15 @@ class BaseTokenizer(nn.Module, ABC):
     embed_dim: int
     output_dim: int
     default_halting_threshold: float
+
+    @property
+    @abstractmethod
+    def last_layer(self) -> Tensor:
+        """Weight of the decoder's last layer: the adversarial loss is balanced by the gradients there."""
+
+    def code_table(self) -> nn.Embedding | None:
+        """The codebook that ``target`` points into; None when targets are codes themselves."""
+        return None
 
     @abstractmethod
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Grid:

@@ -137,6 +137,11 @@ class VAE(BaseTokenizer):
         self.to_moments = nn.Conv2d(2 * config.embed_dim, 2 * config.embed_dim, 1)
         self.from_code = nn.Conv2d(config.embed_dim, config.embed_dim, 1)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The convolution that makes pixels."""
+        return self.decoder.conv_out.weight
+
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the code, each [B, E, h, w], before scaling."""
         moments = self.to_moments(self.encoder(2 * images - 1 if self.config.symmetric else images))
@@ -157,7 +162,7 @@ class VAE(BaseTokenizer):
             noise = torch.randn(mean.shape, generator=generator, device=generator.device).to(mean)
         kl = 0.5 * (mean.square() + std.square() - 1 - 2 * std.log()).sum(dim=(1, 2, 3)).mean()
         code = self.config.latent_scale * (mean + std * noise)
-        return Autoencoded(self.decode(code), 1e-6 * kl, None)
+        return Autoencoded(self.decode(code), 1e-6 * kl, None, code.detach().flatten(2).transpose(1, 2))
 
     def code(self, output_BGO: Tensor) -> Tensor:
         """The prediction is the code."""

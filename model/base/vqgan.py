@@ -105,6 +105,15 @@ class VQGAN(BaseTokenizer):
         self.codebook = nn.Embedding(config.codebook_size, config.embed_dim)
         nn.init.uniform_(self.codebook.weight, -1 / config.codebook_size, 1 / config.codebook_size)
 
+    @property
+    def last_layer(self) -> Tensor:
+        """The convolution that makes pixels."""
+        return self.decoder.conv_out.weight
+
+    def code_table(self) -> nn.Embedding | None:
+        """The 2D codebook."""
+        return self.codebook
+
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Grid:
         """The un-quantized features (ALIT reads those) and the indices of their nearest entries, int64 [B, G]."""
         if noise is not None:
@@ -115,11 +124,12 @@ class VQGAN(BaseTokenizer):
     def autoencode(self, images: Tensor, generator: torch.Generator | None) -> Autoencoded:
         """Through the nearest codebook rows, straight-through; commitment weight 0.25."""
         grid = self.encode(images)
+        latents_BGE = grid.features_BEhw.flatten(2).transpose(1, 2)
         codes_BEhw = self.codebook(grid.target).transpose(1, 2).reshape(grid.features_BEhw.shape)
         commitment = F.mse_loss(grid.features_BEhw, codes_BEhw.detach())
         codebook = F.mse_loss(codes_BEhw, grid.features_BEhw.detach())
         straight = grid.features_BEhw + (codes_BEhw - grid.features_BEhw).detach()
-        return Autoencoded(self.decode(straight), codebook + 0.25 * commitment, grid.target)
+        return Autoencoded(self.decode(straight), codebook + 0.25 * commitment, grid.target, latents_BGE.detach())
 
     @torch.no_grad()
     def nearest(self, features_BGE: Tensor) -> Tensor:

@@ -1,0 +1,144 @@
+"""publish: what a run found goes to MLflow: figures, tables, pictures, and the tokenizer as a registered model."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from components.artifacts import (
+    Artifact,
+    Figures,
+    ImageSet,
+    Job,
+    ScoreTable,
+    TokenCounts,
+    Tokenizer,
+    join,
+    local_folder,
+    read_batches,
+    read_json,
+    write_json,
+)
+from components.config import NoConfig, PublishConfig
+from components.images import stack, to_float
+from components.tracking import ModelVersion, Tracker
+
+if TYPE_CHECKING:
+    from model import AlitTokenizer
+
+TABLE_ROWS = 1000  # of a per-image table in MLflow; the whole table stays in the workspace
+GAP_PX = 4
+WHITE, CHOSEN = 255, (220, 50, 47)
+
+
+def publish(
+    job: Job,
+    *,
+    config: PublishConfig,
+    resources: NoConfig,
+    images: ImageSet,
+    tokenizer: Tokenizer,
+    scores: ScoreTable,
+    **by_task: Artifact,
+) -> Figures:
+    """Log tables and pictures to the pipeline's MLflow run and register the tokenizer; ``by_task``: counts, archives."""
+    tracker = Tracker(**job.tracking)
+    counts = {artifact.manifest.config["name"]: artifact for artifact in by_task.values() if isinstance(artifact, TokenCounts)}
+    for target in (tracker, tracker.parent):
+        target.metrics(_final_metrics(scores, counts))
+    for task, chosen in counts.items():
+        tracker.table(_rows(chosen, scores), f"counts_{task}")
+    tracker.table(_budget_table(scores), "budgets")
+    first = next(iter(counts.values()))
+    for row, picture in enumerate(_pictures(images, tokenizer, first, config.pictures)):
+        tracker.picture(picture, f"reconstructions_{row:02d}")
+        job.progress(f"picture {row + 1}/{config.pictures}")
+    version = _register(tracker, config, tokenizer, images, counts)
+    write_json(join(job.output, "publication.json"), {"model": version.name, "version": version.version})
+    return {"model": version.name, "version": version.version, "pictures": config.pictures}
+
+
+def _final_metrics(scores: ScoreTable, counts: Mapping[str, TokenCounts]) -> dict[str, float]:
+    values = {f"held_out/{name}": v for name, v in scores.manifest.counts.items() if "@" in name}
+    for task, chosen in counts.items():
+        values |= {f"{task}/{name}": v for name, v in chosen.manifest.counts.items() if isinstance(v, int | float)}
+    return values
+
+
+def _budget_table(scores: ScoreTable) -> dict[str, list[Any]]:
+    """One row a budget, one column a metric: means over the held-out images."""
+    budgets, figures = read_json(join(scores.uri, "budgets.json")), scores.manifest.counts
+    metrics = list(dict.fromkeys(name.split("@")[0] for name in figures if "@" in name))
+    return {"num_tokens": budgets, **{metric: [figures[f"{metric}@{b}"] for b in budgets] for metric in metrics}}
+
+
+def _rows(counts: TokenCounts, scores: ScoreTable) -> dict[str, list[Any]]:
+    """The first rows of a TokenCounts table."""
+    batch = next(read_batches(counts.table_uri, batch_rows=TABLE_ROWS))
+    return pa.Table.from_batches([batch]).to_pydict()
+
+
+def _pictures(images: ImageSet, tokenizer: Tokenizer, counts: TokenCounts, number: int) -> list[np.ndarray]:
+    """uint8 [H, W, 3] strips: an original and its reconstruction at each budget, the chosen one framed.
+
+    Images are held-out ones, spread over the counts that were chosen.
+    """
+    if not number:
+        return []
+    from model import AlitTokenizer
+
+    chosen: dict[str, int] = {}
+    for batch in read_batches(counts.table_uri, columns=["image_id", "num_tokens"]):
+        chosen |= dict(zip(batch["image_id"].to_pylist(), batch["num_tokens"].to_pylist(), strict=True))
+    pngs = _held_out(images, chosen, number)
+    with local_folder(tokenizer.uri) as folder:
+        model = AlitTokenizer.load(folder)
+    return [_strip(model, png, chosen[name]) for name, png in pngs.items()]
+
+
+def _held_out(images: ImageSet, chosen: Mapping[str, int], number: int) -> dict[str, bytes]:
+    """PNGs of ``number`` held-out images (any, where none is held out), from the fewest to the most tokens."""
+    split: dict[str, str] = {}
+    for batch in read_batches(images.table_uri, columns=["image_id", "split"]):
+        split |= dict(zip(batch["image_id"].to_pylist(), batch["split"].to_pylist(), strict=True))
+    names = [name for name, part in split.items() if part == "val"] or list(split)
+    names.sort(key=lambda name: (chosen[name], name))
+    wanted = {names[round(at)] for at in np.linspace(0, len(names) - 1, min(number, len(names)))}
+    pngs: dict[str, bytes] = {}
+    for batch in read_batches(images.table_uri, columns=["image_id", "image"], batch_rows=1024):
+        pngs |= {row["image_id"]: row["image"] for row in batch.to_pylist() if row["image_id"] in wanted}
+    return {name: pngs[name] for name in names if name in wanted}
+
+
+def _strip(model: "AlitTokenizer", png: bytes, num_tokens: int) -> np.ndarray:
+    import torch
+
+    pixels = to_float(torch.from_numpy(stack([png])))
+    with torch.inference_mode():
+        steps = [(step.num_tokens, step.images.clamp(0, 1)) for step in model.rollout(pixels)]
+    tiles = [_framed(pixels, chosen=False)] + [_framed(image, chosen=budget == num_tokens) for budget, image in steps]
+    return np.concatenate(tiles, axis=1)
+
+
+def _framed(image: Any, *, chosen: bool) -> np.ndarray:
+    """float [1, 3, H, W] as uint8 [H, W, 3] with a margin that tells whether this budget was chosen."""
+    tile = (image[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    height, width, _ = tile.shape
+    framed = np.full((height + 2 * GAP_PX, width + 2 * GAP_PX, 3), CHOSEN if chosen else WHITE, dtype=np.uint8)
+    framed[GAP_PX:-GAP_PX, GAP_PX:-GAP_PX] = tile
+    return framed
+
+
+def _register(
+    tracker: Tracker,
+    config: PublishConfig,
+    tokenizer: Tokenizer,
+    images: ImageSet,
+    counts: Mapping[str, TokenCounts],
+) -> ModelVersion:
+    """The tokenizer as a new version of ``config.model_name``, with each task's rule beside the weights."""
+    example = next(read_batches(images.table_uri, columns=["image"], batch_rows=1))["image"][0].as_py()
+    rules = {task: chosen.manifest.config["rule"] for task, chosen in counts.items()}
+    with local_folder(tokenizer.uri) as folder:
+        return tracker.register_tokenizer(folder, name=config.model_name, rules=rules, example_png=example)

@@ -1,0 +1,71 @@
+"""tokenize: the codes of every image at every budget, by one run of the encoder (named so as not to shadow tokenize).
+
+Legend: B batch, L latents of a budget, D numbers in a latent.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+
+from components.artifacts import Figures, ImageSet, Job, Tokenizer, join, local_folder, write_json
+from components.config import InferenceResources, NoConfig
+from components.images import stack, to_float
+from components.mapping import Mapping, Totals, map_table
+
+if TYPE_CHECKING:
+    from model import AlitTokenizer
+
+
+def tokenize(
+    job: Job, *, config: NoConfig, resources: InferenceResources, images: ImageSet, tokenizer: Tokenizer
+) -> Figures:
+    """Codes at all budgets, flat, the smallest budget first; a continuous tokenizer's latents as float16."""
+    mapping = Mapping(
+        sources=[images.table_uri],
+        target=join(job.output, "table"),
+        build=partial(_Encoder, tokenizer.uri),
+        resources=resources,
+        columns=[["image_id", "image"]],
+    )
+    totals = map_table(mapping, job.progress)
+    budgets = load_tokenizer(tokenizer.uri).budgets
+    write_json(join(job.output, "budgets.json"), list(budgets))
+    return {"images": int(totals["rows"]), "tokens": int(totals["tokens"])}
+
+
+def load_tokenizer(uri: str) -> "AlitTokenizer":
+    """The tokenizer of a Tokenizer artifact."""
+    from model import AlitTokenizer
+
+    with local_folder(uri) as folder:
+        return AlitTokenizer.load(folder)
+
+
+class _Encoder:
+    """Runs the encoder over batches of PNGs."""
+
+    def __init__(self, tokenizer_uri: str) -> None:
+        self._tokenizer = load_tokenizer(tokenizer_uri)
+
+    def __call__(self, table: pa.Table) -> tuple[pa.Table, Totals]:
+        codes = self._encode(stack(table["image"].to_pylist()))
+        lists = pa.ListArray.from_arrays(np.arange(len(codes) + 1, dtype=np.int32) * codes.shape[1], codes.reshape(-1))
+        return pa.table({"image_id": table["image_id"], "codes": lists}), {"rows": len(codes), "tokens": codes.size}
+
+    def _encode(self, images: np.ndarray) -> np.ndarray[Any, Any]:
+        """uint8 [B, 3, H, W] to codes [B, sum of budgets], or latents float16 [B, sum of budgets * D]."""
+        import torch
+
+        from model.tokens import id_type
+
+        size = self._tokenizer.config.codebook_size
+        with torch.inference_mode():
+            parts = []
+            for step in self._tokenizer.rollout(to_float(torch.from_numpy(images))):
+                if size is None or step.codes is None:
+                    parts.append(step.latents.flatten(1).numpy().astype(np.float16))
+                else:
+                    parts.append(step.codes.numpy().astype(id_type(size)))
+        return np.concatenate(parts, axis=1)

@@ -1,0 +1,305 @@
+"""The record in MLflow. The only module that imports mlflow.
+
+A pipeline run is one MLflow run with a child per stage. A :class:`Tracker` is plain strings, so it travels to Ray
+workers; nothing it does raises or blocks training for long: while the server is away metrics wait in memory and
+the rest is dropped, with one warning.
+"""
+
+import json
+import logging
+import os
+import re
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from components.config import MlflowSettings
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from mlflow import MlflowClient
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # training waits for these
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # s
+}
+OUTAGE_S = 30.0  # after a failure the server is left alone for so long
+BACKLOG_METRICS = 100_000  # kept per run while the server is away; the oldest go first
+METRICS_PER_CALL = 1000  # MLflow's limit
+PAIRS_PER_CALL = 100  # MLflow's limit for params and tags
+VALUE_LENGTH = 500
+
+_backlog: dict[str, deque[Any]] = {}  # run id -> metrics that were not sent yet
+_away_until: dict[str, float] = {}  # tracking URI -> monotonic time
+_log = logging.getLogger(__name__)
+
+
+class TrackingError(RuntimeError):
+    """The store can't be opened: a run that can't be recorded is not begun."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """An experiment at a tracking URI; ``artifacts``: where a new one keeps its files, None: the server decides."""
+
+    uri: str
+    experiment: str
+    artifacts: str | None = None
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """What a run reads, for the run's inputs."""
+
+    name: str
+    digest: str  # at most 36 characters
+    source: str
+    counts: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Tracker:
+    """Writes to one MLflow run. Without a ``run_id`` it writes nothing, which is what a stage run by itself gets."""
+
+    uri: str = ""
+    run_id: str = ""
+    experiment: str = ""  # id
+    parent_run_id: str = ""
+
+    @property
+    def parent(self) -> "Tracker":
+        """The tracker of the run above this one."""
+        return Tracker(self.uri, self.parent_run_id, self.experiment)
+
+    def metrics(self, values: Mapping[str, Any], step: int = 0) -> None:
+        """Numbers at a step, in one call. What isn't a number is left out."""
+        if not self.run_id:
+            return
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        waiting = _backlog.setdefault(self.run_id, deque(maxlen=BACKLOG_METRICS))
+        waiting.extend(Metric(_name(k), float(v), now, step) for k, v in values.items() if _is_number(v))
+        self._send_metrics()
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Settings, flattened to dotted names; long values are cut."""
+        from mlflow.entities import Param
+
+        pairs = [Param(_name(k), _short(v)) for k, v in flatten(values).items()]
+        for start in range(0, len(pairs), PAIRS_PER_CALL):
+            self._send("params", partial(_log_batch, self.run_id, params=pairs[start : start + PAIRS_PER_CALL]))
+
+    def tags(self, values: Mapping[str, Any]) -> None:
+        """Words to search by."""
+        from mlflow.entities import RunTag
+
+        pairs = [RunTag(k, _short(v)) for k, v in values.items()]
+        for start in range(0, len(pairs), PAIRS_PER_CALL):
+            self._send("tags", partial(_log_batch, self.run_id, tags=pairs[start : start + PAIRS_PER_CALL]))
+
+    def picture(self, pixels: "np.ndarray", key: str, step: int = 0) -> None:
+        """A uint8 [H,W,3] image under ``key`` at a step."""
+        self._send("picture", lambda client: client.log_image(self.run_id, pixels, key=key, step=step))
+
+    def table(self, rows: "dict[str, list[Any]] | pd.DataFrame", name: str) -> None:
+        """A small table as ``name``.json, which the MLflow page shows."""
+        self._send("table", lambda client: client.log_table(self.run_id, rows, f"{name}.json"))
+
+    def artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """A local file, or all of a local folder."""
+        method = "log_artifacts" if Path(path).is_dir() else "log_artifact"
+        self._send("artifact", lambda client: getattr(client, method)(self.run_id, str(path), folder))
+
+    def text(self, text: str, name: str) -> None:
+        """``text`` as the artifact ``name``."""
+        self._send("text", lambda client: client.log_text(self.run_id, redact(text), name))
+
+    def data_set(self, data: DataSet, context: str = "training") -> None:
+        """An input of the run."""
+        self._send("data set", lambda client: client.log_inputs(self.run_id, [_data_set_input(data, context)]))
+
+    def close(self, status: Status = "FINISHED") -> None:
+        """End the run."""
+        self._send_metrics()
+        self._send("status", lambda client: client.set_terminated(self.run_id, status))
+        _backlog.pop(self.run_id, None)
+
+    def _send_metrics(self) -> None:
+        waiting = _backlog.get(self.run_id, deque())
+        while waiting:
+            chunk = [waiting[index] for index in range(min(METRICS_PER_CALL, len(waiting)))]
+            if not self._send("metrics", partial(_log_batch, self.run_id, metrics=chunk)):
+                return
+            for _ in chunk:
+                waiting.popleft()
+
+    def _send(self, what: str, call: "Callable[[MlflowClient], Any]") -> bool:
+        """Whether ``call`` went through; never raises, whatever MLflow, its database or the network does."""
+        if not self.run_id or time.monotonic() < _away_until.get(self.uri, 0.0):
+            return False
+        try:
+            call(_client(self.uri))
+            return True
+        except Exception as error:
+            _note_failure(self.uri, what, error)
+            return False
+
+
+def _note_failure(uri: str, what: str, error: Exception) -> None:
+    level = logging.DEBUG if uri in _away_until else logging.WARNING
+    if not _is_refusal(error):
+        _away_until[uri] = time.monotonic() + OUTAGE_S
+    _log.log(level, "MLflow at %s did not take %s: %s", redact(uri), what, redact(str(error)).splitlines()[:1])
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the store is there and refused this one call, so that the next may pass."""
+    code = getattr(error, "error_code", "")
+    return isinstance(error, ValueError | TypeError | FileNotFoundError) or code in {
+        "INVALID_PARAMETER_VALUE",
+        "BAD_REQUEST",
+        "RESOURCE_DOES_NOT_EXIST",
+    }
+
+
+def store_for(settings: MlflowSettings, workspace: str) -> Store:
+    """Where runs of ``workspace`` are recorded: MLFLOW_TRACKING_URI, else ``settings.uri``, else the workspace.
+
+    Raises ValueError when that would be a database in a bucket.
+    """
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or settings.uri
+    if uri is None and "://" in workspace:
+        raise ValueError(f"mlflow.uri: not set, and {workspace!r} can't hold a database; set it or MLFLOW_TRACKING_URI")
+    uri = uri or f"sqlite:///{Path(workspace).absolute()}/mlflow.db"
+    if uri.startswith("sqlite:///"):
+        database = Path(uri.removeprefix("sqlite:///")).absolute()  # a worker's folder is another one
+        return Store(f"sqlite:///{database}", settings.experiment, str(database.parent / "mlflow-artifacts"))
+    on_server = uri.split("://")[0] in {"http", "https"} or uri.startswith("databricks")
+    return Store(uri, settings.experiment, None if on_server else f"{workspace}/mlflow-artifacts")
+
+
+def open_parent_run(store: Store, name: str, tags: Mapping[str, str]) -> Tracker:
+    """A new run for a pipeline run; makes the experiment when it is missing. Raises TrackingError."""
+    try:
+        client = _client(store.uri)
+        experiment = _experiment_id(client, store)
+        run = client.create_run(experiment, tags=_run_tags(tags), run_name=name)
+    except Exception as error:
+        raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be used: {redact(str(error))}") from error
+    return Tracker(store.uri, run.info.run_id, experiment)
+
+
+def open_child(parent: Tracker, name: str, tags: Mapping[str, str]) -> Tracker:
+    """A run below ``parent``. When MLflow is away, a tracker that writes nothing."""
+    made: list[str] = []
+    nested = {**_run_tags(tags), "mlflow.parentRunId": parent.run_id}
+    parent._send(
+        "a child run",
+        lambda client: made.append(client.create_run(parent.experiment, tags=nested, run_name=name).info.run_id),
+    )
+    return Tracker(parent.uri, made[0] if made else "", parent.experiment, parent.run_id)
+
+
+def close_abandoned(store: Store, run_id: str) -> int:
+    """Mark KILLED what is still running of pipeline run ``run_id`` (tag alit.run_id), whose process is dead.
+
+    Returns the number of MLflow runs that were marked.
+    """
+    client = _client(store.uri)
+    experiment = client.get_experiment_by_name(store.experiment)
+    if experiment is None:
+        return 0
+    search = f"tags.`alit.run_id` = '{run_id}' and attributes.status = 'RUNNING'"
+    runs = client.search_runs([experiment.experiment_id], search)
+    for run in runs:
+        tracker = Tracker(store.uri, run.info.run_id, experiment.experiment_id)
+        tracker.tags({"alit.state": "killed"})
+        tracker.close("KILLED")
+    return len(runs)
+
+
+def _log_batch(run_id: str, client: "MlflowClient", **entities: list[Any]) -> None:
+    client.log_batch(run_id, **entities)
+
+
+def redact(text: str) -> str:
+    """``text`` without the user and password of any URL in it."""
+    return re.sub(r"://[^/@\s]+@", "://***@", text)
+
+
+def flatten(value: Any, path: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted names; anything else is one value."""
+    if not isinstance(value, Mapping):
+        return {path: value}
+    return {
+        k: v for name, inner in value.items() for k, v in flatten(inner, f"{path}.{name}" if path else name).items()
+    }
+
+
+@lru_cache(maxsize=4)
+def _client(uri: str) -> "MlflowClient":
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def _experiment_id(client: "MlflowClient", store: Store) -> str:
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(store.experiment)
+    if found is None:
+        try:
+            return client.create_experiment(store.experiment, artifact_location=store.artifacts)
+        except MlflowException:  # another run may have made it since
+            found = client.get_experiment_by_name(store.experiment)
+            if found is None:
+                raise
+    if found.lifecycle_stage != "active":
+        raise ValueError(f"experiment {store.experiment!r} was deleted; restore it or choose another mlflow.experiment")
+    return str(found.experiment_id)
+
+
+def _run_tags(tags: Mapping[str, str]) -> dict[str, str]:
+    return {"mlflow.source.name": "alit", "mlflow.source.type": "JOB", **{k: _short(v) for k, v in tags.items()}}
+
+
+def _data_set_input(data: DataSet, context: str) -> Any:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    source = json.dumps({"uri": redact(data.source)})
+    kind = data.source.split("://")[0] if "://" in data.source else "local"
+    entity = Dataset(data.name, data.digest[:36], kind, source, profile=json.dumps(dict(data.counts)))
+    return DatasetInput(dataset=entity, tags=[InputTag("mlflow.data.context", context)])
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, bool | int | float) or hasattr(value, "__float__")
+
+
+def _name(name: str) -> str:
+    """``name`` with only what MLflow allows in one."""
+    return re.sub(r"[^\w\-./: ]", "_", name)
+
+
+def _short(value: Any) -> str:
+    text = redact(value if isinstance(value, str) else json.dumps(value, default=str) if _nested(value) else str(value))
+    return text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 1] + "…"
+
+
+def _nested(value: Any) -> bool:
+    return isinstance(value, list | tuple | dict) and bool(value) and not isinstance(value, str)
