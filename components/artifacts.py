@@ -50,6 +50,10 @@ COUNTS_SCHEMA = pa.schema(
 )
 
 
+class WorkspaceError(RuntimeError):
+    """A run can't begin, or can't go on, in its workspace: somebody else's, no Ray, too small a Ray, no record."""
+
+
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` (local path or ``s3://bucket/key``) and the path within it."""
     if "://" in uri:
@@ -146,7 +150,8 @@ def read_batches(uri: str, *, columns: list[str] | None = None, batch_rows: int 
 
 def read_table(uri: str, *, columns: list[str] | None = None) -> pa.Table:
     """The whole of folder ``uri``; for tables known to be small."""
-    return pa.Table.from_batches(list(read_batches(uri, columns=columns)))
+    store, path = filesystem(uri)
+    return pq.read_table(path, filesystem=store, columns=columns)
 
 
 @dataclass(frozen=True)
@@ -178,7 +183,7 @@ class Artifact:
 
     @classmethod
     def open(cls, uri: str) -> Self:
-        """The artifact at ``uri``; raises FileNotFoundError, or ValueError when another kind or a newer version is there."""
+        """The artifact at ``uri``; raises FileNotFoundError, or ValueError for another kind or a newer version."""
         manifest = read_manifest(uri)
         if manifest is None:
             raise FileNotFoundError(f"{uri}: no {MANIFEST} here, so no finished {cls.schema}")
@@ -237,7 +242,7 @@ class Judge(Artifact):
 
 @dataclass(frozen=True)
 class CodeBook(Artifact):
-    """``table``: image_id, codes: the codes of every budget, one budget after the other, flat (float16 when continuous)."""
+    """``table``: image_id, codes: those of every budget, one after the other, flat (float16 when continuous)."""
 
     schema: ClassVar[str] = "code_book"
 

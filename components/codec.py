@@ -9,14 +9,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import REJECTED_SCHEMA, Figures, join, local_folder, read_batches, read_json
-from components.artifacts import write_json, write_table
+from components.artifacts import (
+    REJECTED_SCHEMA,
+    Figures,
+    join,
+    local_folder,
+    read_batches,
+    read_json,
+    write_json,
+    write_table,
+)
 from components.config import DataConfig, IngestConfig, RuleConfig
-from components.images import BadImage, image_id, prepare, stack, to_float
+from components.images import BadImage, encode_png, image_id, prepare, stack, to_float
 from components.pack import archive_header
 from components.select_counts import build_rule
 from components.sources import open_source
-from components.images import encode_png
 
 if TYPE_CHECKING:
     from model import AlitTokenizer

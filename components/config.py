@@ -80,8 +80,8 @@ class TrainConfig(Settings):
     batch_size: PositiveInt = 256  # images a step over all workers
     seed: int = 0
     crop_scale: tuple[Fraction, Fraction] = (0.8, 1.0)  # random resized crop: share of the area
+    recolour: Fraction = 0.0  # share of the images whose colours are shuffled and shifted; for few photographs
     precision: Literal["fp32", "bf16"] = "fp32"
-    revive_every: NonNegativeInt = 0  # steps between moves of dead codes onto latents in use; 0: never
     eval_images: PositiveInt = 256  # held-out images looked at in an evaluation
     optimizer: OptimizerConfig = OptimizerConfig()
 

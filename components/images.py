@@ -145,6 +145,25 @@ def random_resized_crop(
     return _crop(images_BCHW, boxes.to(images_BCHW.device), mirrored.to(images_BCHW.device))
 
 
+def recolour(images_BCHW: "torch.Tensor", *, share: float, generator: "torch.Generator") -> "torch.Tensor":
+    """A ``share`` of the images with their channels permuted and each channel's contrast and brightness changed.
+
+    float32 in [0, 1] in and out. Not the paper's: it makes many colour schemes of few photographs.
+    """
+    import torch
+
+    batch = len(images_BCHW)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, device=generator.device).to(images_BCHW.device)
+
+    order = draw(batch, 3).argsort(dim=1)
+    permuted = images_BCHW.gather(1, order[:, :, None, None].expand_as(images_BCHW))
+    contrast, brightness = 0.6 + 0.8 * draw(batch, 3, 1, 1), 0.3 * (draw(batch, 1, 1, 1) - 0.5)
+    changed = ((permuted - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
+    return torch.where(draw(batch, 1, 1, 1) < share, changed, images_BCHW)
+
+
 def _decode(data: bytes, max_pixels: int, smallest: int | None) -> tuple[Image.Image, int, int]:
     try:
         image = _open(data, max_pixels)

@@ -9,8 +9,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.artifacts import CodeBook, Figures, Job, TokenCounts, Tokenizer, filesystem, join, read_bytes, read_json
-from components.artifacts import write_json
+from components.artifacts import (
+    CodeBook,
+    Figures,
+    Job,
+    TokenCounts,
+    Tokenizer,
+    filesystem,
+    join,
+    read_bytes,
+    read_json,
+    write_json,
+)
 from components.config import NoConfig
 from components.mapping import part_names
 

@@ -22,7 +22,8 @@ from components.artifacts import (
 )
 from components.config import NoConfig, PublishConfig
 from components.images import stack, to_float
-from components.tracking import ModelVersion, Tracker
+from components.registry import ModelVersion, register_tokenizer
+from components.tracking import Tracker
 
 if TYPE_CHECKING:
     from model import AlitTokenizer
@@ -42,9 +43,11 @@ def publish(
     scores: ScoreTable,
     **by_task: Artifact,
 ) -> Figures:
-    """Log tables and pictures to the pipeline's MLflow run and register the tokenizer; ``by_task``: counts, archives."""
+    """Log tables and pictures to MLflow and register the tokenizer; ``by_task``: counts and archives."""
     tracker = Tracker(**job.tracking)
-    counts = {artifact.manifest.config["name"]: artifact for artifact in by_task.values() if isinstance(artifact, TokenCounts)}
+    counts = {
+        artifact.manifest.config["name"]: artifact for artifact in by_task.values() if isinstance(artifact, TokenCounts)
+    }
     for target in (tracker, tracker.parent):
         target.metrics(_final_metrics(scores, counts))
     for task, chosen in counts.items():
@@ -141,4 +144,4 @@ def _register(
     example = next(read_batches(images.table_uri, columns=["image"], batch_rows=1))["image"][0].as_py()
     rules = {task: chosen.manifest.config["rule"] for task, chosen in counts.items()}
     with local_folder(tokenizer.uri) as folder:
-        return tracker.register_tokenizer(folder, name=config.model_name, rules=rules, example_png=example)
+        return register_tokenizer(tracker, folder, name=config.model_name, rules=rules, example_png=example)

@@ -90,6 +90,8 @@ class _Scorer:
             rows = split == name
             totals[f"count/{name}"] = int(rows.sum())
             for metric, scores in values.items():
-                for budget, mean in zip(self._tokenizer.budgets, scores[rows].sum(axis=0, dtype=np.float64), strict=True):
+                for budget, mean in zip(
+                    self._tokenizer.budgets, scores[rows].sum(axis=0, dtype=np.float64), strict=True
+                ):
                     totals[f"{metric}@{budget}/{name}"] = float(mean)
         return totals

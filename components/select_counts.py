@@ -64,7 +64,9 @@ def build_rule(config: RuleConfig) -> Rule:
 def describe(config: RuleConfig) -> str:
     """The rule in a few words, e.g. ``l1 <= 0.06``."""
     parts = {
-        "threshold": f"{config.metric} <= {config.max}" if config.max is not None else f"{config.metric} >= {config.min}",
+        "threshold": f"{config.metric} <= {config.max}"
+        if config.max is not None
+        else f"{config.metric} >= {config.min}",
         "within": f"{config.metric} within {config.ratio} of the most tokens",
         "mean_tokens": f"least {config.metric} at {config.mean} tokens a mean image",
         "best": f"best {config.metric}",
@@ -100,7 +102,9 @@ def write_counts(scores: ScoreTable, choice: Choice, task: str, target: str) -> 
             "value": pa.array(choice.selection.value[rows], pa.float32()),
             "satisfied": pa.array(choice.selection.satisfied[rows]),
         }
-        pq.write_table(pa.table(columns, schema=COUNTS_SCHEMA), f"{folder}/{name}", filesystem=store, compression="zstd")
+        pq.write_table(
+            pa.table(columns, schema=COUNTS_SCHEMA), f"{folder}/{name}", filesystem=store, compression="zstd"
+        )
 
 
 def _files(scores: ScoreTable, columns: list[str]) -> Iterator[pa.Table]:

@@ -33,7 +33,9 @@ class AlitModel(PythonModel):
         self.tokenizer = AlitTokenizer.load(folder)
         self.rules = json.loads((folder / "rules.json").read_text())
 
-    def predict(self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+    def predict(
+        self, context: PythonModelContext, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> Any:
         """One output row an input row; raises ValueError for an image that can't be read or an unknown rule."""
         params = params or {}
         images = model_input["image"].tolist()

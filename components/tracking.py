@@ -17,6 +17,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from components.artifacts import WorkspaceError
 from components.config import MlflowSettings
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ _away_until: dict[str, float] = {}  # tracking URI -> monotonic time
 _log = logging.getLogger(__name__)
 
 
-class TrackingError(RuntimeError):
+class TrackingError(WorkspaceError):
     """The store can't be opened: a run that can't be recorded is not begun."""
 
 

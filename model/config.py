@@ -121,7 +121,7 @@ class AlitConfig:
 
     ``budgets``: latent tokens after each rollout, increasing; the paper's are 32, 64, … 256. ``codebook_size`` None
     makes the latents continuous. ``latent_dim`` None leaves them at ``encoder_width`` (only when continuous).
-    ``init``: how the weights start, see ``model.blocks.initialise``.
+    ``init``: how the weights start: as the paper's, or as ``model.local_start`` says, which a short training needs.
     """
 
     image_size: tuple[int, int] = (256, 256)
@@ -258,6 +258,7 @@ class DistillConfig:
     ``pixel_weight``: L1 of the images through the frozen base decoder; 0 in the paper's stage 1.
     ``sampled_rollouts``: how many rollouts, drawn anew each step, are decoded and enter the loss; None is all of them.
     ``revive_every``: steps between revivals of unused codebook entries; 0, the paper's, is never.
+    ``decoder_first_steps``: for so many steps the encoder and the codebook rest; pays off with ``init = "local"``.
     """
 
     token_weight: float = 1.0
@@ -268,6 +269,7 @@ class DistillConfig:
     rollout_weights: tuple[float, ...] | None = None
     sampled_rollouts: int | None = None
     revive_every: int = 0
+    decoder_first_steps: int = 0
 
     __pydantic_config__ = _STRICT
 

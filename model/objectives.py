@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.base import BaseTokenizer
 from model.config import BaseObjectiveConfig, DistillConfig
+from model.local_start import fill_codebook
 from model.quantizer import CodebookHealth, VectorQuantizer
 from model.rollout import RolloutStep
 from model.tokenizer import AlitTokenizer
@@ -87,6 +88,13 @@ class BaseObjective(nn.Module):
         """Every parameter of the base, by name."""
         return dict(self.named_parameters())
 
+    def prepare(self, images: Tensor, generator: torch.Generator) -> None:
+        """Nothing to prepare."""
+
+    def resting(self, step: int) -> tuple[str, ...]:
+        """Nothing rests."""
+        return ()
+
     def forward(self, images: Tensor, generator: torch.Generator) -> Loss:
         """Loss of images [B, 3, H, W] in [0, 1]."""
         result = self.base.autoencode(images, generator)
@@ -112,6 +120,19 @@ class DistillObjective(nn.Module):
         """All but the base; the halting mask only where halting is on."""
         frozen = ("tokenizer.base.", *unused_parameters(self.tokenizer))
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
+
+    def resting(self, step: int) -> tuple[str, ...]:
+        """Prefixes of the trainable parameters that are left alone at ``step``."""
+        resting = step < self.config.decoder_first_steps
+        return ("tokenizer.encoder.", "tokenizer.quantizer.") if resting else ()
+
+    @torch.no_grad()
+    def prepare(self, images: Tensor, generator: torch.Generator) -> None:
+        """Before the first step of fresh weights: a local start takes its codebook from latents of real images."""
+        quantizer = self.tokenizer.quantizer
+        if self.tokenizer.config.init == "local" and isinstance(quantizer, VectorQuantizer):
+            latents = [step.projected.flatten(0, 1) for step in self.tokenizer.rollout(images)]
+            fill_codebook(quantizer, torch.cat(latents), generator)
 
     def forward(self, images: Tensor, generator: torch.Generator) -> Loss:
         """Loss of images [B, 3, H, W] in [0, 1]; ``generator`` draws the rollouts and the halting."""

@@ -19,6 +19,7 @@ from model.blocks import initialise
 from model.config import AlitConfig
 from model.distill import GridDecoder, LatentEncoder
 from model.files import load_folder, save_folder
+from model.local_start import start_locally
 from model.metrics import METRICS
 from model.predicted import PredictedThreshold
 from model.quantizer import Continuous, VectorQuantizer
@@ -41,6 +42,8 @@ class AlitTokenizer(nn.Module):
         self.decoder = GridDecoder(config, self.base.output_dim)
         initialise(self.encoder)
         initialise(self.decoder)
+        if config.init == "local":
+            start_locally(self.encoder, self.decoder, config)
         self.quantizer: VectorQuantizer | Continuous = Continuous()
         if config.codebook_size is not None:
             self.quantizer = VectorQuantizer(config.codebook_size, config.channels_per_latent)

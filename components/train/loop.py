@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from components.artifacts import Artifact, ImageSet
 from components.config import BaseStageConfig, DistillStageConfig, TrainResources
-from components.images import random_resized_crop
+from components.images import random_resized_crop, recolour, to_float
 from components.tracking import Tracker
 from components.train.data import SHARD, Batches, CachedBatches, StreamedBatches, held_out
 from components.train.optimizer import MovingAverage, build_optimizer, learning_rate
 from components.train.recipes import RECIPES
+from model.objectives import train_only
 
 STATE_FILE = "state.pt"
 
@@ -67,52 +68,76 @@ class Learner:
         torch.manual_seed(run.config.train.seed)
         self.run, self.place = run, place
         self.objective = RECIPES[run.recipe].build(run.config, run.inputs, run.resources.start)
-        trainable = self.objective.trainable()
-        for parameter in self.objective.parameters():
-            parameter.requires_grad_(False)
-        for parameter in trainable.values():
-            parameter.requires_grad_(True)
-        self.optimizer = build_optimizer(trainable, run.config.train.optimizer)
-        self.average = MovingAverage(trainable, run.config.train.optimizer.ema_decay)
-        self.model = DistributedDataParallel(self.objective) if place.world > 1 else self.objective
+        self.trainable: dict[str, nn.Parameter] = self.objective.trainable()
+        self.optimizer = build_optimizer(self.trainable, run.config.train.optimizer)
+        self.average = MovingAverage(self.trainable, run.config.train.optimizer.ema_decay)
+        self.model: nn.Module = self.objective
+        self.resting: tuple[str, ...] | None = None
         self.steps_done = 0
         self.metrics: dict[str, float] = {}
+
+    def prepare(self, images: Tensor) -> None:
+        """Before the first step of fresh weights, with the first uint8 images; DDP then spreads rank 0's weights."""
+        generator = step_generator(self.run.config.train.seed, 0, self.place.rank)
+        self.objective.prepare(to_float(images), generator)
+        self.average = MovingAverage(self.trainable, self.run.config.train.optimizer.ema_decay)
 
     def step(self, images: Tensor) -> tuple[Any, Tensor]:
         """One update on uint8 images [b, 3, H, W]; returns the loss and the gradient's norm, both still on device."""
         train = self.run.config.train
-        generator = step_generator(train.seed, self.steps_done, self.place.rank)
-        pixels = random_resized_crop(images, scale=train.crop_scale, generator=generator)
+        self._let_rest()
+        pixels = self._augmented(images)
         # All ranks draw the same rollouts: a step costs what its longest rollout costs, on every worker.
         shared = step_generator(train.seed, self.steps_done, 0)
         with torch.autocast(pixels.device.type, torch.bfloat16, enabled=train.precision == "bf16"):
             loss = self.model(pixels, shared)
         self.optimizer.zero_grad(set_to_none=True)
         loss.total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.average.parameters.values(), train.optimizer.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), train.optimizer.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps_done, self.run.num_steps, train)
         self.optimizer.step()
         self.average.update(self.steps_done)
         self.steps_done += 1
-        if train.revive_every and self.steps_done % train.revive_every == 0 and self.steps_done < self.run.num_steps / 2:
-            self._revive(generator)
+        self._revive()
         return loss, norm
 
-    def _revive(self, generator: torch.Generator) -> None:
-        """Move dead codes; what rank 0 drew is what every rank gets."""
-        for usage in self.objective.usages():
-            if self.place.world > 1:
-                dist.all_reduce(usage.counts)
-            usage.revive(generator)
-            if self.place.world > 1:
-                dist.broadcast(usage.codebook.data, src=0)
+    def _augmented(self, images: Tensor) -> Tensor:
+        train = self.run.config.train
+        generator = step_generator(train.seed, self.steps_done, self.place.rank)
+        pixels = random_resized_crop(images, scale=train.crop_scale, generator=generator)
+        return recolour(pixels, share=train.recolour, generator=generator) if train.recolour else pixels
+
+    def _let_rest(self) -> None:
+        """Freeze what rests at this step. DDP is told anew when that changes: it waits for every gradient it knows."""
+        resting = self.objective.resting(self.steps_done)
+        if resting == self.resting:
+            return
+        self.resting = resting
+        train_only(self.objective, {n: p for n, p in self.trainable.items() if not n.startswith(resting)})
+        if self.place.world > 1:
+            self.model = DistributedDataParallel(self.objective)
+
+    def _revive(self) -> None:
+        """Move dead codes at times in the first half; what rank 0 drew is what every rank gets."""
+        train, health = self.run.config.train, self.objective.health
+        every = self.objective.config.revive_every
+        due = every and self.steps_done % every == 0
+        if health is None or not due or self.steps_done > self.run.num_steps / 2:
+            return
+        if self.place.world > 1:
+            dist.all_reduce(health.counts)
+        if self.place.leads:
+            health.revive(step_generator(train.seed, self.steps_done, 0))
+        health.reset()
+        if self.place.world > 1:
+            dist.broadcast(health.codebook.weight.data, src=0)
 
     def state(self) -> dict[str, Any]:
         """Everything, as tensors and plain values."""
         return {
             "steps_done": self.steps_done,
-            "weights": {name: p.detach() for name, p in self.average.parameters.items()},
+            "weights": {name: p.detach() for name, p in self.trainable.items()},
             "average": self.average.values,
             "optimizer": self.optimizer.state_dict(),
             "metrics": self.metrics,
@@ -150,8 +175,10 @@ def train_loop(loop_config: dict[str, TrainRun]) -> None:
             learner.load(read_state(folder))
         if place.leads:
             run.progress(f"going on from step {learner.steps_done}")
-    journal = Journal(run, learner)
     batches = _batches(run, place, learner.steps_done)
+    if checkpoint is None and run.resources.start is None:
+        learner.prepare(batches.at(0))
+    journal = Journal(run, learner)
     while learner.steps_done < run.num_steps:
         images = batches.at(learner.steps_done)
         journal.data_came()
@@ -236,6 +263,8 @@ class Journal:
             "train/images_per_s": rate,
             "train/data_wait": self._waited / span,
         }
+        if self._learner.objective.health is not None:
+            values["train/code_perplexity"] = float(self._learner.objective.health.perplexity())
         for term in loss.terms:
             at = "" if term.num_tokens is None else f"@{term.num_tokens}"
             values[f"train/{term.name}{at}"] = float(term.value)

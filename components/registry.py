@@ -1,0 +1,107 @@
+"""The model registry: a tokenizer goes in as a new version, and comes out as a folder."""
+
+import json
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from components.tracking import Tracker
+
+SERVING = Path(__file__).with_name("serving.py")
+PACKAGES = ("model", "components")  # what serving.py imports, at the version that made the weights
+REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pillow", "pandas")
+
+
+@dataclass(frozen=True)
+class ModelVersion:
+    """A registered model."""
+
+    name: str
+    version: int
+
+
+def register_tokenizer(
+    tracker: Tracker, folder: str, *, name: str, rules: Mapping[str, Any], example_png: bytes
+) -> ModelVersion:
+    """Register the tokenizer in ``folder`` under ``name``, logged by the tracker's run.
+
+    ``rules``: task name -> rule config; they travel with the weights. The code that serves it is this software's own,
+    copied beside it; nothing is pickled.
+    """
+    import mlflow
+
+    mlflow.set_tracking_uri(tracker.uri)
+    with tempfile.TemporaryDirectory() as scratch:
+        weights = Path(scratch, "tokenizer")
+        shutil.copytree(folder, weights, ignore=shutil.ignore_patterns("artifact.json"))
+        (weights / "rules.json").write_text(json.dumps(dict(rules), indent=2))
+        with mlflow.start_run(run_id=tracker.run_id):
+            info = mlflow.pyfunc.log_model(
+                name="tokenizer",
+                python_model=str(SERVING),
+                artifacts={"tokenizer": str(weights)},
+                code_paths=_code(Path(scratch)),
+                signature=_signature(),
+                input_example=_example(example_png),
+                pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in REQUIREMENTS],
+                registered_model_name=name,
+            )
+    return ModelVersion(name, int(info.registered_model_version))
+
+
+def download_tokenizer(uri: str) -> str:
+    """The local folder of the tokenizer behind ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
+
+    Raises ValueError when there is no such model; the registry is the one of MLFLOW_TRACKING_URI.
+    """
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return mlflow.artifacts.download_artifacts(f"{uri}/artifacts/tokenizer")
+    except MlflowException as error:
+        where = mlflow.get_tracking_uri()
+        raise ValueError(f"--model {uri!r}: not found in {where} (set MLFLOW_TRACKING_URI): {error}") from error
+
+
+def _code(scratch: Path) -> list[str]:
+    """Copies of our packages without weights and caches."""
+    root = SERVING.parent.parent
+    for package in PACKAGES:
+        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+        shutil.copytree(root / package, scratch / "code" / package, ignore=ignored)
+    return [str(scratch / "code" / package) for package in PACKAGES]
+
+
+def _signature() -> Any:
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types.schema import Array
+
+    return ModelSignature(
+        inputs=Schema([ColSpec(DataType.binary, "image")]),
+        outputs=Schema(
+            [
+                ColSpec(DataType.long, "num_tokens"),
+                ColSpec(Array(DataType.long), "token_ids", required=False),
+                ColSpec(DataType.string, "image", required=False),
+            ]
+        ),
+        params=ParamSchema(
+            [
+                ParamSpec("rule", DataType.string, ""),
+                ParamSpec("num_tokens", DataType.long, 0),
+                ParamSpec("output", DataType.string, "tokens"),
+            ]
+        ),
+    )
+
+
+def _example(png: bytes) -> Any:
+    import pandas as pd
+
+    return pd.DataFrame({"image": [png]})

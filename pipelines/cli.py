@@ -1,0 +1,230 @@
+"""The command line: ``alit``. Exit codes: 0 done, 1 a stage failed, 2 the config or the arguments are wrong."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from pipelines.config import ConfigError
+
+_out = logging.getLogger("alit")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Parse ``arguments`` (default: the process's own), run the command, return its exit code."""
+    _configure_output()
+    try:
+        options = _parser().parse_args(arguments)
+        return int(options.command(options))
+    except ConfigError as error:
+        _out.error("error: %s", error)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader, `head` for example, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _configure_output() -> None:
+    """What commands say goes to stdout as it is; errors and progress go to stderr."""
+    say = logging.StreamHandler(sys.stdout)
+    say.addFilter(lambda record: record.name == "alit" and record.levelno < logging.ERROR)
+    tell = logging.StreamHandler(sys.stderr)
+    tell.addFilter(lambda record: record.name != "alit" or record.levelno >= logging.ERROR)
+    tell.setFormatter(_Clocked())
+    root = logging.getLogger()
+    root.handlers[:] = [say, tell]
+    root.setLevel(logging.WARNING)
+    for name in ("alit", "pipelines", "components"):
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+class _Clocked(logging.Formatter):
+    """Progress lines begin with the time; errors of the command don't."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return text if record.name == "alit" else f"[{self.formatTime(record, '%H:%M:%S')}] {text}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="alit", description="Adaptive-length image tokenization on Ray and MLflow.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        sub.set_defaults(command=command)
+        return sub
+
+    def add_config(name: str, command: Callable[[argparse.Namespace], int], help_text: str) -> argparse.ArgumentParser:
+        sub = add(name, command, help_text)
+        sub.add_argument("config", help="a YAML file, or the name of a ready config such as demo")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one dotted key")
+        return sub
+
+    run = add_config("run", _run, "Run what is missing.")
+    run.add_argument("--until", metavar="STAGE", help="run what this stage needs, and it")
+    run.add_argument("--force", action="append", default=[], metavar="STAGE", help="run a stage again though it stands")
+    plan = add_config("plan", _plan, "Say what would run and why.")
+    plan.add_argument("--force", action="append", default=[], metavar="STAGE", help="as for run")
+    add_config("graph", _graph, "Print the DAG as mermaid text.")
+    add_config("status", _status, "Show stages, artifacts and sizes.")
+    select = add_config("select", _select, "Choose token counts again from stored scores.")
+    select.add_argument("--task", required=True, help="a task of the config")
+    rule = select.add_mutually_exclusive_group(required=True)
+    rule.add_argument("--max", type=float, help="the metric is at most this")
+    rule.add_argument("--min", type=float, help="the metric is at least this")
+    rule.add_argument("--within", type=float, metavar="RATIO", help="within this ratio of the value at the most tokens")
+    rule.add_argument("--mean-tokens", type=float, metavar="B", help="at most this many tokens a mean image")
+    encode = add("encode", _encode, "Encode a folder of images into a token archive.")
+    _add_paths(encode, "a folder of images")
+    count = encode.add_mutually_exclusive_group(required=True)
+    count.add_argument("--task", help="the rule registered with the model for this task")
+    count.add_argument("--tokens", type=int, metavar="N", help="the same number for every image")
+    count.add_argument("--max-l1", type=float, metavar="X", help="the fewest tokens with a mean absolute error up to X")
+    decode = add("decode", _decode, "Decode a token archive into PNG files.")
+    _add_paths(decode, "a token archive")
+    return parser
+
+
+def _add_paths(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--model", required=True, help="a tokenizer's folder, starter, or models:/NAME@ALIAS")
+    parser.add_argument("--input", required=True, help=what)
+    parser.add_argument("--output", required=True, help="a folder; made if missing")
+
+
+def _run(options: argparse.Namespace) -> int:
+    from components.tracking import TrackingError
+    from pipelines.cluster import ClusterError, DemandError
+    from pipelines.config import load_config
+    from pipelines.lock import WorkspaceHeld
+    from pipelines.runner import run
+    from pipelines.summary import lines_of
+    from pipelines.train import build, options_of
+
+    config = load_config(options.config, options.set)
+    pipeline = build(config)
+    for name in (*options.force, *([options.until] if options.until else [])):
+        _known_stage(pipeline.names, name)
+    try:
+        record = run(
+            pipeline,
+            workspace=config.workspace,
+            options=options_of(config, force=tuple(options.force), until=options.until),
+        )
+    except (ClusterError, DemandError, TrackingError, WorkspaceHeld) as error:
+        _out.error("error: %s", error)
+        return 1
+    for line in lines_of(record):
+        _out.info("%s", line)
+    return record.exit_code
+
+
+def _known_stage(names: Sequence[str], name: str) -> None:
+    if name not in names:
+        raise ConfigError(f"stage {name!r}: allowed are {list(names)}")
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from pipelines.config import load_config
+    from pipelines.dag import plan
+    from pipelines.summary import table
+    from pipelines.train import build
+
+    config = load_config(options.config, options.set)
+    pipeline = build(config)
+    for name in options.force:
+        _known_stage(pipeline.names, name)
+    planned = plan(pipeline, config.workspace, tuple(options.force))
+    rows = [(one.stage.name, one.key, one.state, one.reason) for one in planned]
+    for line in table(("stage", "key", "state", "why"), rows):
+        _out.info("%s", line)
+    _out.info("%d of %d stages would run", sum(one.state == "run" for one in planned), len(planned))
+    return 0
+
+
+def _graph(options: argparse.Namespace) -> int:
+    from pipelines.config import load_config
+    from pipelines.train import build
+
+    _out.info("%s", build(load_config(options.config, options.set)).mermaid().rstrip())
+    return 0
+
+
+def _status(options: argparse.Namespace) -> int:
+    from pipelines.config import load_config
+    from pipelines.summary import status_rows, table
+    from pipelines.train import build
+
+    config = load_config(options.config, options.set)
+    headings = ("stage", "key", "state", "made", "size", "figures", "MLflow run")
+    for line in table(headings, status_rows(build(config), config.workspace)):
+        _out.info("%s", line)
+    return 0
+
+
+def _select(options: argparse.Namespace) -> int:
+    from pipelines.choose import choose_again
+    from pipelines.config import load_config
+
+    config = load_config(options.config, options.set)
+    given = {"max": options.max, "min": options.min, "ratio": options.within, "mean": options.mean_tokens}
+    for line in choose_again(config, options.task, {name: value for name, value in given.items() if value is not None}):
+        _out.info("%s", line)
+    return 0
+
+
+def _encode(options: argparse.Namespace) -> int:
+    from components.codec import EncodeRequest, encode_folder
+    from components.config import RuleConfig
+    from components.models import registered_rules, resolve_model
+
+    with _user_errors():
+        model = resolve_model(options.model)
+    rule: RuleConfig | int
+    if options.tokens is not None:
+        rule = options.tokens
+    elif options.max_l1 is not None:
+        rule = RuleConfig(kind="threshold", metric="l1", max=options.max_l1)
+    else:
+        rules = registered_rules(model)
+        if options.task not in rules:
+            raise ConfigError(f"--task {options.task!r}: the model has rules for {sorted(rules)}")
+        rule = rules[options.task]
+    with _user_errors():
+        figures = encode_folder(EncodeRequest(model, options.input, options.output, rule), _progress)
+    _out.info(
+        "%d images, %d rejected, %.1f tokens a mean image -> %s",
+        *(figures[name] for name in ("images", "rejected", "mean_tokens")),
+        options.output,
+    )
+    return 0
+
+
+def _decode(options: argparse.Namespace) -> int:
+    from components.codec import decode_archive
+    from components.models import resolve_model
+
+    if not (Path(options.input) / "tokenizer.json").is_file():
+        raise ConfigError(f"--input {options.input!r}: a token archive (a folder with tokenizer.json) is needed")
+    with _user_errors():
+        figures = decode_archive(resolve_model(options.model), options.input, options.output, _progress)
+    _out.info("%d images -> %s", figures["images"], options.output)
+    return 0
+
+
+def _progress(line: str) -> None:
+    logging.getLogger(__name__).info("%s", line)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    """What a component says is wrong with its input is the user's to mend."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,134 @@
+"""The Ray that stages run on: joined or started for the run, and asked first whether it is big enough."""
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from components.artifacts import WorkspaceError
+from components.config import RaySettings
+from pipelines.dag import Demand, Stage
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # ray.train.report() returns no faster than this
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+MIB = 1 << 20
+EPSILON = 1e-6
+
+
+class ClusterError(WorkspaceError):
+    """The Ray cluster can't be joined or started."""
+
+
+class DemandError(WorkspaceError):
+    """A stage wants more than the whole cluster has; says what would fit."""
+
+
+@contextmanager
+def cluster(settings: RaySettings, log: str) -> Iterator[None]:
+    """Ray for the length of a ``with``: what is connected already, RAY_ADDRESS, ``settings.address``, or our own.
+
+    What Ray prints in this process goes to the file ``log``. Raises ClusterError.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file):
+        _connect(settings)
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+def _connect(settings: RaySettings) -> None:
+    import ray
+
+    arguments = _init_arguments(settings)
+    try:
+        ray.init(log_to_driver=False, logging_level="ERROR", **arguments)
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = os.environ.get("RAY_ADDRESS") or settings.address or "a Ray of its own"
+        raise ClusterError(f"the run can't use {where}: {error}") from error
+
+
+def _init_arguments(settings: RaySettings) -> dict[str, Any]:
+    inherited = os.environ.get("RAY_ADDRESS")
+    if inherited and inherited != "local":
+        return {}  # bare: inside `ray job submit` Ray knows the rest
+    if settings.address and settings.address != "local" and not inherited:
+        if settings.address.startswith("ray://"):
+            raise ClusterError(f"ray.address: {settings.address!r} is a Ray Client; give host:port, or submit a job")
+        return {"address": settings.address}
+    return {
+        "address": "local",
+        "num_cpus": settings.num_cpus,
+        "object_store_memory": settings.object_store_mb * MIB,
+        "include_dashboard": False,
+    }
+
+
+def stage_environment() -> dict[str, str]:
+    """Variables for stage processes and theirs: quiet Ray, and modules found where this process finds them."""
+    own = (sys.prefix, sys.base_prefix)
+    folders = [os.path.abspath(p) for p in sys.path if not p.startswith(own) and (not p or os.path.isdir(p))]
+    settings = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
+    return {**settings, "PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
+
+
+def check_demand(stages: Iterable[Stage], have: Mapping[str, float]) -> None:
+    """Whether each stage fits a cluster with resources ``have`` (CPU, GPU). Raises DemandError for all that don't."""
+    problems = [text for stage in stages for text in _problems(stage, have)]
+    if problems:
+        raise DemandError("\n".join(problems))
+
+
+def fits(demand: Demand, running: Iterable[Demand], have: Mapping[str, float]) -> bool:
+    """Whether a stage may start beside those ``running``: together they must leave Ray Data its CPUs.
+
+    Two stages that fit one by one and not together would each hold what the other waits for.
+    """
+    everyone = [demand, *running]
+    cpus = sum(one.cpus for one in everyone) + max(one.data_cpus for one in everyone)
+    gpus = sum(one.gpus for one in everyone)
+    alone = len(everyone) == 1
+    return alone or (cpus <= have.get("CPU", 0.0) + EPSILON and gpus <= have.get("GPU", 0.0) + EPSILON)
+
+
+def _problems(stage: Stage, have: Mapping[str, float]) -> Iterator[str]:
+    yield from _problem(stage, "cpu", have.get("CPU", 0.0))
+    yield from _problem(stage, "gpu", have.get("GPU", 0.0))
+
+
+def _problem(stage: Stage, kind: str, have: float) -> Iterator[str]:
+    demand = stage.demand
+    wanted, data = (demand.cpus, demand.data_cpus) if kind == "cpu" else (demand.gpus, 0.0)
+    if wanted + data <= have + EPSILON:
+        return
+    units = f"{demand.workers} {demand.unit}s x {wanted / demand.workers:g}" if demand.workers > 1 else f"{wanted:g}"
+    sum_of = f"{units} {kind.upper()}" + (f" + {data:g} for Ray Data" if data else "")
+    total = f" = {wanted + data:g} {kind.upper()}s" if data or demand.workers > 1 else ""
+    advice = _advice(demand, kind, wanted, have - data)
+    yield f"{stage.name} wants {sum_of}{total}, the cluster has {have:g}: {advice}"
+
+
+def _advice(demand: Demand, kind: str, wanted: float, free: float) -> str:
+    """What would fit in ``free`` CPUs or GPUs."""
+    section = f"{demand.setting}." if demand.setting else ""
+    each = wanted / demand.workers
+    choices = []
+    if demand.workers > 1 and each and free >= each:
+        choices.append(f"{section}{demand.unit}s={math.floor(free / each + EPSILON)}")
+    if wanted and (share := math.floor(100 * free / demand.workers + EPSILON) / 100) > 0:
+        choices.append(f"{section}{kind}s_per_{demand.unit}={share:g}")
+    return f"set {' or '.join(choices)}, or use a bigger cluster" if choices else "use a bigger cluster"

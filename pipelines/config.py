@@ -1,0 +1,217 @@
+"""One YAML file a run: typed, and checked before any work starts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+
+from components.config import (
+    DataConfig,
+    InferenceResources,
+    IngestConfig,
+    IngestResources,
+    MlflowSettings,
+    PublishConfig,
+    RaySettings,
+    Settings,
+    TaskConfig,
+    TrainConfig,
+    TrainResources,
+)
+from model.config import SIZES, AlitConfig, BaseObjectiveConfig, DistillConfig
+from model.starter import STARTER
+
+READY = Path(__file__).parent / "configs"
+
+
+class ConfigError(ValueError):
+    """A config or argument is wrong; the message names field, value and what is allowed."""
+
+
+class IngestSection(IngestConfig, IngestResources):
+    """Limits and resources of ingest."""
+
+
+class TrainSection(TrainConfig):
+    """A training stage as the run config has it."""
+
+    further_steps: NonNegativeInt = 0  # instead of steps, when weights are given (training.from)
+
+    def config(self, start: str | None) -> TrainConfig:
+        """What the stage does from ``start``."""
+        values = self.model_dump(exclude={"further_steps"})
+        return TrainConfig(**{**values, "steps": self.further_steps if start else self.steps})
+
+
+class TrainingSection(TrainResources):
+    """How the tokenizer is trained."""
+
+    start: str = Field("scratch", alias="from")  # scratch, starter (comes with the software), or a Tokenizer's folder
+    base: TrainSection
+    base_objective: BaseObjectiveConfig = BaseObjectiveConfig()
+    distill: TrainSection
+    distill_objective: DistillConfig = DistillConfig()
+
+    @property
+    def start_folder(self) -> str | None:
+        """The folder of the tokenizer to go on from; None from scratch."""
+        return {"scratch": None, "starter": str(STARTER)}.get(self.start, self.start)
+
+    def resources(self) -> TrainResources:
+        """The part that must not change results."""
+        values = {name: getattr(self, name) for name in TrainResources.model_fields}
+        return TrainResources(**{**values, "start": self.start_folder})
+
+    @model_validator(mode="after")
+    def _check(self) -> "TrainingSection":
+        for name, section in (("base", self.base), ("distill", self.distill)):
+            if section.batch_size % self.workers:
+                raise ValueError(f"{name}.batch_size = {section.batch_size}: a multiple of workers = {self.workers}")
+            if self.start == "scratch" and not section.steps:
+                raise ValueError(f"{name}.steps = 0: at least 1 when training.from is scratch")
+        folder = self.start_folder
+        if folder and not (Path(folder) / "config.json").is_file():
+            raise ValueError(f"from = {self.start!r}: scratch, starter, or the folder of a Tokenizer artifact")
+        return self
+
+
+class RunConfig(Settings):
+    """Everything one run needs to know."""
+
+    workspace: str
+    data: DataConfig
+    ingest: IngestSection = IngestSection()
+    tokenizer: AlitConfig
+    training: TrainingSection
+    inference: InferenceResources = InferenceResources()
+    tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    publish: PublishConfig = PublishConfig()
+    ray: RaySettings = RaySettings()
+    mlflow: MlflowSettings = MlflowSettings()
+    retries: NonNegativeInt = 2  # of a stage that failed from infrastructure
+    wait_s: NonNegativeFloat = 0.0  # for another run of the workspace to end
+
+    @model_validator(mode="after")
+    def _task_names_differ(self) -> "RunConfig":
+        names = [task.name for task in self.tasks]
+        if len(set(names)) < len(names):
+            raise ValueError(f"tasks: the names {names} must differ")
+        return self
+
+    def task(self, name: str) -> TaskConfig:
+        """The task of that name; raises ConfigError."""
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        raise ConfigError(f"--task {name!r}: allowed are {[task.name for task in self.tasks]}")
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run config in ``path`` (a file, or the name of a ready one) with ``key.path=value`` overrides.
+
+    Raises ConfigError.
+    """
+    raw = _read(path)
+    for override in overrides:
+        _override(raw, override)
+    try:
+        return RunConfig.model_validate(_with_sizes(raw))
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + "\n".join(_lines(error))) from error
+
+
+def _read(path: str) -> dict[str, Any]:
+    file = Path(path)
+    if not file.is_file() and (READY / f"{path}.yaml").is_file():
+        file = READY / f"{path}.yaml"
+    if not file.is_file():
+        ready = sorted(found.stem for found in READY.glob("*.yaml"))
+        raise ConfigError(f"config {path!r}: no such file; ready ones are {ready}")
+    try:
+        raw = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: a mapping of sections is needed, this is {type(raw).__name__}")
+    return raw
+
+
+def _override(raw: dict[str, Any], text: str) -> None:
+    """Set one dotted path, e.g. ``training.workers=4`` or ``tasks.0.rule.max=0.05``."""
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {text!r}: KEY=VALUE is needed, e.g. training.workers=4")
+    *parents, last = path.split(".")
+    place: Any = raw
+    for name in parents:
+        place = _child(place, name, text)
+    if isinstance(place, list):
+        _child(place, last, text)
+    try:
+        place[int(last) if isinstance(place, list) else last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text!r}: the value is not YAML") from error
+
+
+def _child(place: Any, name: str, text: str) -> Any:
+    if isinstance(place, dict):
+        return place.setdefault(name, {})
+    if isinstance(place, list) and name.isdigit() and int(name) < len(place):
+        return place[int(name)]
+    raise ConfigError(f"--set {text!r}: there is nothing at {name!r} to set")
+
+
+def _with_sizes(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with ``tokenizer.size`` written out and the tokenizer's image size taken from ``data``."""
+    given = raw.get("tokenizer", {})
+    if not isinstance(given, dict):
+        raise ConfigError(f"tokenizer = {given!r}: a mapping is needed, e.g. {{size: demo}}")
+    size = given.get("size", "alit_small")
+    if size not in SIZES:
+        raise ConfigError(f"tokenizer.size = {size!r}: allowed are {sorted(SIZES)}")
+    if "image_size" in given:
+        raise ConfigError(f"tokenizer.image_size = {given['image_size']!r}: set data.image_size, the two are one")
+    merged = _merged(asdict(SIZES[size]), {name: value for name, value in given.items() if name != "size"})
+    data = raw.get("data")
+    side = data.get("image_size", DataConfig.model_fields["image_size"].default) if isinstance(data, dict) else None
+    if isinstance(side, int):
+        merged["image_size"] = (side, side)
+    return {**raw, "tokenizer": merged}
+
+
+def _merged(default: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """``default`` with ``given`` laid over it; a base of another kind replaces the default one."""
+    result = dict(default)
+    for name, value in given.items():
+        old = result.get(name)
+        same_kind = isinstance(value, dict) and isinstance(old, dict) and value.get("kind") in (None, old.get("kind"))
+        result[name] = _merged(old, value) if same_kind and isinstance(old, dict) else value
+    return result
+
+
+def _lines(error: ValidationError) -> list[str]:
+    """One line a mistake: field, value, what is allowed."""
+    items = error.errors(include_url=False)
+    # A base is one of two kinds; pydantic tries both and also reports what is wrong with the one that isn't meant.
+    other = {item["loc"][:-1] for item in items if item["type"] == "literal_error" and item["loc"][-1] == "kind"}
+    inner = [item for item in items if item["type"] != "too_short"]
+    lines = []
+    for item in inner or items:
+        if item["loc"][:-1] in other and len(other) == 1:
+            continue
+        path = ".".join(str(part) for part in item["loc"] if not str(part).endswith("Config"))
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
+            lines.append(f"{path} = {item['input']!r}: there is no such key")
+        elif item["type"] == "value_error" and path == "tokenizer" and message.startswith("image_size"):
+            lines.append(f"data.{message}")
+        elif item["type"] == "value_error":
+            lines.append(f"{path}.{message}" if path and "=" in message.split(":")[0] else f"{path}: {message}")
+        elif item["type"] in ("missing", "missing_argument"):
+            lines.append(f"{path}: missing, a value is needed")
+        else:
+            lines.append(f"{path} = {item['input']!r}: {message[0].lower()}{message[1:]}")
+    return lines

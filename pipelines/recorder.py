@@ -1,0 +1,133 @@
+"""What a pipeline run leaves in MLflow: a parent run, a child per stage, reused ones included."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import yaml
+
+from components import tracking
+from components.artifacts import Figures
+from components.tracking import DataSet, Status, Store, Tracker
+from pipelines.dag import Planned
+
+State = Literal["done", "reused", "failed", "blocked", "cancelled"]
+
+STATUS: dict[State, Status] = {
+    "done": "FINISHED",
+    "reused": "FINISHED",
+    "failed": "FAILED",
+    "blocked": "FAILED",
+    "cancelled": "KILLED",
+}
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What became of one stage in a run."""
+
+    name: str
+    key: str
+    state: State
+    uri: str  # where its artifact stands, or would stand
+    reason: str = ""  # why it had to run
+    seconds: float = 0.0  # of a reused stage: what it took when it was made
+    figures: Figures = field(default_factory=dict)
+    headline: tuple[str, ...] = ()  # names of the figures to show
+    error: str = ""  # one line
+    log: str = ""  # file with the output of its process
+    attempts: int = 0
+    mlflow_run_id: str = ""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What became of a run."""
+
+    run_id: str
+    pipeline: str
+    workspace: str
+    state: State  # done, failed or cancelled
+    stages: tuple[StageRecord, ...]
+    seconds: float
+    mlflow_uri: str  # without credentials
+    mlflow_run_id: str
+    mlflow_experiment_id: str
+    signal: int | None = None  # that stopped it
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 a stage failed, 128 + signal when it was stopped."""
+        if self.signal is not None:
+            return 128 + self.signal
+        return 0 if self.state == "done" else 1
+
+    def __getitem__(self, name: str) -> StageRecord:
+        """The record of one stage; raises KeyError."""
+        return {stage.name: stage for stage in self.stages}[name]
+
+
+class Recorder:
+    """Keeps the record of one run. Opening it raises TrackingError; after that MLflow's troubles stop nothing."""
+
+    def __init__(self, store: Store, pipeline: str, run_id: str, planned: list[Planned]) -> None:
+        self.run_id = run_id
+        self.numbers = {one.stage.name: number for number, one in enumerate(planned, 1)}
+        name = f"{pipeline} {time.strftime('%Y-%m-%d %H:%M:%S')}"
+        self.parent = tracking.open_parent_run(
+            store, name, {"alit.run_id": run_id, "alit.pipeline": pipeline, "alit.state": "running"}
+        )
+        self.children: dict[str, Tracker] = {}
+
+    def describe(self, config: Mapping[str, Any], data: DataSet | None) -> None:
+        """The run's config as params and as a file, and the data it reads."""
+        self.parent.params(config)
+        self.parent.text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
+        if data is not None:
+            self.parent.data_set(data)
+
+    def started(self, planned: Planned) -> Tracker:
+        """The child run of a stage that starts; of one that starts again, the same."""
+        name = planned.stage.name
+        if name not in self.children:
+            self.children[name] = self._open(planned, {"alit.state": "running", "alit.reason": planned.reason})
+            self.children[name].params(planned.stage.config.model_dump(mode="json"))
+        return self.children[name]
+
+    def reused(self, planned: Planned) -> str:
+        """Record a stage whose artifact stands, with a link to the run that made it. Returns the child run's id."""
+        assert planned.manifest is not None
+        made_by = planned.manifest.mlflow_run_id or ""
+        link = f"Reused from run [{made_by}](#/experiments/{self.parent.experiment}/runs/{made_by})"
+        tags = {"alit.state": "reused", "alit.made_by_run_id": made_by, "mlflow.note.content": link}
+        child = self._open(planned, tags if made_by else {"alit.state": "reused"})
+        child.metrics(planned.manifest.counts)
+        child.close("FINISHED")
+        return child.run_id
+
+    def ended(self, record: StageRecord) -> None:
+        """The end of a stage that had started."""
+        child = self.children.pop(record.name, Tracker())
+        child.metrics({**record.figures, "seconds": record.seconds})
+        words = {name: value for name, value in record.figures.items() if isinstance(value, str)}
+        error = {"alit.error": record.error} if record.error else {}
+        child.tags({"alit.state": record.state, "alit.attempts": record.attempts, **words, **error})
+        child.close(STATUS[record.state])
+
+    def close(self, status: Status, stages: tuple[StageRecord, ...] = ()) -> None:
+        """End the run, and children that were left open."""
+        for child in self.children.values():
+            child.tags({"alit.state": status.lower()})
+            child.close(status)
+        self.children.clear()
+        self.parent.metrics({f"seconds.{stage.name}": stage.seconds for stage in stages if stage.state == "done"})
+        states = {f"alit.state.{stage.name}": stage.state for stage in stages}
+        errors = {f"alit.error.{stage.name}": stage.error for stage in stages if stage.error}
+        self.parent.tags({"alit.state": status.lower(), **states, **errors})
+        self.parent.close(status)
+
+    def _open(self, planned: Planned, tags: Mapping[str, str]) -> Tracker:
+        name = planned.stage.name
+        about = {"alit.run_id": self.run_id, "alit.stage": name, "alit.key": planned.key}
+        return tracking.open_child(self.parent, f"{self.numbers[name]:02d} {name}", {**about, **tags})

@@ -1,0 +1,72 @@
+"""What a person reads at the terminal when a run has ended, and when they ask how things stand."""
+
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+
+from components.artifacts import Figures, folder_bytes, join, read_manifest
+from pipelines.dag import Pipeline, newest_manifest
+from pipelines.recorder import RunRecord, StageRecord
+
+
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table with aligned columns."""
+    cells = [tuple(headings), *(tuple(row) for row in rows)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(headings))]
+    for number, row in enumerate(cells):
+        yield "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip()
+        if number == 0:
+            yield "  ".join("-" * width for width in widths)
+
+
+def number(value: float | int | str) -> str:
+    """A figure, short enough for a table."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as a person says them."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"
+
+
+def figures_line(figures: Figures, names: Sequence[str]) -> str:
+    """The figures called ``names``, those that are there."""
+    return "  ".join(f"{name} {number(figures[name])}" for name in names if name in figures)
+
+
+def lines_of(record: RunRecord) -> Iterator[str]:
+    """The end of a run: a table of its stages, what went wrong, where to look."""
+    yield ""
+    yield from table(("stage", "state", "time", "figures"), [_row(stage) for stage in record.stages])
+    for stage in record.stages:
+        if stage.state == "failed":
+            yield f"\n{stage.name} failed: {stage.error}\n  log: {stage.log}"
+    yield f"\n{record.pipeline} {record.state} in {clock(record.seconds)}"
+    yield f"artifacts   {record.workspace}"
+    yield f"MLflow run  {record.mlflow_run_id} in {record.mlflow_uri}"
+    if record.mlflow_uri.startswith("sqlite"):
+        yield f"look        mlflow ui --backend-store-uri {shlex.quote(record.mlflow_uri)}"
+    if record.state == "failed":
+        yield "next        mend the cause and run the same command: finished stages are kept"
+
+
+def _row(stage: StageRecord) -> tuple[str, str, str, str]:
+    told = stage.error if stage.state in ("failed", "blocked") else figures_line(stage.figures, stage.headline)
+    ran = stage.state in ("done", "failed")
+    return stage.name, stage.state, clock(stage.seconds) if ran else "", told[:100]
+
+
+def status_rows(pipeline: Pipeline, workspace: str) -> Iterator[tuple[str, ...]]:
+    """One row a stage: whether its artifact stands, when it was made, its size, its figures, the run that made it."""
+    keys = pipeline.keys()
+    for stage in pipeline.order():
+        uri = join(workspace, stage.name, keys[stage.name])
+        manifest = read_manifest(uri)
+        if manifest is None:
+            older = newest_manifest(workspace, stage.name)
+            yield stage.name, keys[stage.name], "missing" if older is None else "outdated", "", "", "", ""
+            continue
+        size = f"{folder_bytes(uri) / 1e6:.1f} MB"
+        run = (manifest.mlflow_run_id or "")[:8]
+        figures = figures_line(manifest.counts, stage.headline)
+        yield stage.name, manifest.key, "stands", manifest.created, size, figures, run

@@ -1,0 +1,197 @@
+"""The train pipeline: from a source of images to a registered tokenizer and the tokens that each task needs."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from components.config import (
+    BaseStageConfig,
+    DistillStageConfig,
+    IngestConfig,
+    IngestResources,
+    IngestStageConfig,
+    NoConfig,
+    ScoreStageConfig,
+    TaskConfig,
+)
+from components.sources import open_source
+from pipelines.config import ConfigError, RunConfig
+from pipelines.dag import Demand, Pipeline, Stage
+from pipelines.runner import RunOptions
+
+
+def build(config: RunConfig) -> Pipeline:
+    """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
+    stages = [_ingest(config), _base(config), _distill(config), _tokenize(config), _score(config)]
+    for task in config.tasks:
+        stages += [select_stage(task), _pack(task)]
+    return Pipeline("train", (*stages, _publish(config)))
+
+
+def options_of(config: RunConfig, *, force: tuple[str, ...] = (), until: str | None = None) -> RunOptions:
+    """How ``config`` wants its run done."""
+    return RunOptions(
+        force=force,
+        until=until,
+        retries=config.retries,
+        wait_s=config.wait_s,
+        ray=config.ray,
+        mlflow=config.mlflow,
+        config=config.model_dump(mode="json", by_alias=True),
+        data_set=None,
+    )
+
+
+def _ingest(config: RunConfig) -> Stage:
+    try:
+        digest = open_source(config.data).digest()
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    limits = {name: getattr(config.ingest, name) for name in IngestConfig.model_fields}
+    resources = {name: getattr(config.ingest, name) for name in IngestResources.model_fields}
+    return Stage(
+        "ingest",
+        run="components.ingest:ingest",
+        produces="ImageSet",
+        config=IngestStageConfig(data=config.data, limits=IngestConfig(**limits)),
+        resources=IngestResources(**resources),
+        fingerprint={"listing": digest},
+        demand=Demand(data_cpus=1),
+        headline=("images", "rejected"),
+    )
+
+
+def _base(config: RunConfig) -> Stage:
+    training = config.training
+    return Stage(
+        "base",
+        run="components.train:train_base",
+        produces="BaseTokenizer",
+        config=BaseStageConfig(
+            image_size=config.data.image_size,
+            base=config.tokenizer.base,
+            objective=training.base_objective,
+            train=training.base.config(training.start_folder),
+        ),
+        resources=training.resources(),
+        needs={"images": "ingest"},
+        fingerprint=_start(training.start_folder),
+        demand=_training_demand(config),
+        headline=("steps", "l1"),
+    )
+
+
+def _distill(config: RunConfig) -> Stage:
+    training = config.training
+    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
+    return Stage(
+        "distill",
+        run="components.train:distill",
+        produces="Tokenizer",
+        config=DistillStageConfig(
+            tokenizer=config.tokenizer,
+            objective=training.distill_objective,
+            train=training.distill.config(training.start_folder),
+        ),
+        resources=training.resources(),
+        needs={"images": "ingest", "base": "base"},
+        fingerprint=_start(training.start_folder),
+        demand=_training_demand(config),
+        headline=("steps", f"l1@{smallest}", f"l1@{largest}"),
+    )
+
+
+def _start(folder: str | None) -> dict[str, Any]:
+    """The weights that training goes on from, by their content."""
+    if folder is None:
+        return {}
+    return {"start": hashlib.sha256((Path(folder) / "weights.safetensors").read_bytes()).hexdigest()}
+
+
+def _training_demand(config: RunConfig) -> Demand:
+    training = config.training
+    return Demand(
+        cpus=training.workers * training.cpus_per_worker,
+        gpus=training.workers * training.gpus_per_worker,
+        data_cpus=1,
+        workers=training.workers,
+        setting="training",
+    )
+
+
+def _inference_demand(config: RunConfig) -> Demand:
+    inference = config.inference
+    return Demand(
+        cpus=inference.actors * inference.cpus_per_actor,
+        gpus=inference.actors * inference.gpus_per_actor,
+        workers=inference.actors,
+        unit="actor",
+        setting="inference",
+    )
+
+
+def _tokenize(config: RunConfig) -> Stage:
+    return Stage(
+        "tokenize",
+        run="components.tokenize_images:tokenize",
+        produces="CodeBook",
+        config=NoConfig(),
+        resources=config.inference,
+        needs={"images": "ingest", "tokenizer": "distill"},
+        demand=_inference_demand(config),
+        headline=("images", "tokens"),
+    )
+
+
+def _score(config: RunConfig) -> Stage:
+    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
+    metrics = tuple(dict.fromkeys(metric for task in config.tasks for metric in task.metrics))
+    return Stage(
+        "score",
+        run="components.score:score",
+        produces="ScoreTable",
+        config=ScoreStageConfig(metrics=metrics),
+        resources=config.inference,
+        needs={"images": "ingest", "codes": "tokenize", "tokenizer": "distill"},
+        demand=_inference_demand(config),
+        headline=tuple(f"{metrics[0]}@{budget}" for budget in (smallest, largest)),
+    )
+
+
+def select_stage(task: TaskConfig) -> Stage:
+    """The stage that chooses counts for ``task``."""
+    return Stage(
+        f"select.{task.name}",
+        run="components.select_counts:select",
+        produces="TokenCounts",
+        config=task,
+        resources=NoConfig(),
+        needs={"scores": "score"},
+        headline=("mean_tokens", "satisfied", "counts_used"),
+    )
+
+
+def _pack(task: TaskConfig) -> Stage:
+    return Stage(
+        f"pack.{task.name}",
+        run="components.pack:pack",
+        produces="TokenArchive",
+        config=NoConfig(),
+        resources=NoConfig(),
+        needs={"codes": "tokenize", "counts": f"select.{task.name}", "tokenizer": "distill"},
+        headline=("tokens", "mean_bits"),
+    )
+
+
+def _publish(config: RunConfig) -> Stage:
+    by_task = {f"counts_{task.name}": f"select.{task.name}" for task in config.tasks}
+    archives = {f"archive_{task.name}": f"pack.{task.name}" for task in config.tasks}
+    return Stage(
+        "publish",
+        run="components.publish:publish",
+        produces="Publication",
+        config=config.publish,
+        resources=NoConfig(),
+        needs={"images": "ingest", "tokenizer": "distill", "scores": "score", **by_task, **archives},
+        headline=("model", "version"),
+    )
