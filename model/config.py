@@ -212,7 +212,7 @@ def _sized(width: int, layers: int, heads: int, base: VQGANConfig | None = None)
 
 
 _DEMO_BASE = VQGANConfig(
-    channels=32, channel_multipliers=(1, 2, 2, 4), num_res_blocks=1, embed_dim=32, codebook_size=512, num_groups=8
+    channels=16, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1, embed_dim=32, codebook_size=512, num_groups=8
 )
 
 # The paper's sizes by the names of its code ("small" has more parameters than "base": ALIT.md section 11), and ours.
@@ -223,10 +223,10 @@ SIZES: Mapping[str, AlitConfig] = MappingProxyType(
         "alit_base": _sized(768, 12, 12),
         "alit_semilarge": _sized(1024, 16, 16),
         "demo": replace(
-            _sized(192, 3, 6, _DEMO_BASE),
+            _sized(128, 2, 4, _DEMO_BASE),
             image_size=(64, 64),
             budgets=tuple(range(8, 65, 8)),
-            codebook_size=4096,
+            codebook_size=1024,
             init="local",
         ),
     }

@@ -71,7 +71,7 @@ def _start_encoder(encoder: LatentEncoder, config: AlitConfig) -> None:
     encoder.positions[1:, layout.key] += grid
     encoder.positions[1:, layout.rest] += 0.5
     _anchor(encoder.class_token, layout)
-    for rollout, (home, step) in enumerate(zip(torch.split(homes, config.steps), config.steps, strict=True)):
+    for rollout, (home, step) in enumerate(zip(torch.split(homes, list(config.steps)), config.steps, strict=True)):
         encoder.rollout_embedding[rollout, :step, layout.query] += home
     if isinstance(encoder.project, nn.Linear):
         encoder.project.weight.mul_(0.1)

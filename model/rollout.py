@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from model.base import Grid
 from model.halting import draw_uniform
 from model.quantizer import Quantized
 
@@ -92,12 +91,14 @@ class HaltingNoise:
 class Rollout(Iterator[RolloutStep]):
     """Iterator over the rollouts of a batch; :meth:`keep` drops images that need no more of them."""
 
-    def __init__(self, tokenizer: "AlitTokenizer", images: Tensor, base_grid: Grid, noise: HaltingNoise) -> None:
+    def __init__(
+        self, tokenizer: "AlitTokenizer", image_tokens_BSW: Tensor, target: Tensor, noise: HaltingNoise
+    ) -> None:
         self._tokenizer = tokenizer
         self._noise = noise
-        self._rows = torch.arange(len(images), device=images.device)  # of the batch, those that are still here
-        self._target = base_grid.target
-        self._x = tokenizer.encoder.image_tokens(images, base_grid.features_BEhw)
+        self._rows = torch.arange(len(target), device=target.device)  # of the batch, those that are still here
+        self._target = target
+        self._x = image_tokens_BSW
         self._previous: RolloutStep | None = None
         self.num_done = 0
 

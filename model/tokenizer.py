@@ -3,7 +3,7 @@
 Legend: B batch, K budgets, L latents, D numbers in a latent, E base channels, G = h * w grid tokens, O head outputs.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,23 @@ class AlitTokenizer(nn.Module):
             noise = HaltingNoise(generator=halting_noise)
         else:
             noise = HaltingNoise(given=halting_noise)
-        return Rollout(self, images, self.base.encode(images, posterior_noise), noise)
+        return Rollout(self, *self._embedded(images, posterior_noise), noise)
+
+    def _embedded(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Image tokens [B, S, W] and targets."""
+        if self._one_by_one(images):
+            parts = [self._embedded(*row) for row in _rows(images, noise)]
+            return torch.cat([tokens for tokens, _ in parts]), torch.cat([target for _, target in parts])
+        grid = self.base.encode(images, noise)
+        return self.encoder.image_tokens(images, grid.features_BEhw), grid.target
+
+    def _one_by_one(self, batch: Tensor) -> bool:
+        """Whether convolutions take images singly: on a CPU they round differently in a batch of another size.
+
+        So an image's tokens don't depend on its company. Linear layers and attention round alike in any batch there;
+        accelerators promise neither, and training wants the speed.
+        """
+        return not self.training and batch.device.type == "cpu" and len(batch) > 1
 
     @torch.no_grad()
     def encode(self, images: Tensor, rule: Rule | PredictedThreshold | int) -> TokenBatch:
@@ -171,6 +187,8 @@ class AlitTokenizer(nn.Module):
 
     def grid_to_images(self, output_BGO: Tensor) -> Tensor:
         """The decoder's predictions to images [B, 3, H, W], not clamped."""
+        if self._one_by_one(output_BGO):
+            return torch.cat([self.grid_to_images(output.unsqueeze(0)) for output in output_BGO])
         rows, columns = self.config.grid
         code_BGE = self.base.code(output_BGO)
         return self.base.decode(code_BGE.transpose(1, 2).reshape(len(code_BGE), -1, rows, columns))
@@ -219,6 +237,11 @@ def resize_positions(table_SW: Tensor, grid: tuple[int, int], new_grid: tuple[in
     shrinks = new_grid[0] < grid[0] or new_grid[1] < grid[1]
     resized = F.interpolate(picture.float(), size=new_grid, mode="bicubic", align_corners=False, antialias=shrinks)
     return torch.cat([class_1W, resized.to(table_SW.dtype).flatten(2)[0].T])
+
+
+def _rows(images: Tensor, noise: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+    for row in range(len(images)):
+        yield images[row : row + 1], None if noise is None else noise[row : row + 1]
 
 
 def _index(rows: NDArray[np.int64], like: Tensor) -> Tensor:

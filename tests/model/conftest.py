@@ -61,6 +61,15 @@ def build(config: AlitConfig, seed: int = 0) -> AlitTokenizer:
         return tokenizer
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Small tensors gain nothing from a second thread, and lose much where the cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def small() -> Callable[..., AlitTokenizer]:
     """Small tokenizers by name, random weights."""

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, SMALL_CONFIGS, build
+from conftest import SMALL_CONFIGS, build
 
 from model import AlitTokenizer, Best, FixedTokens, LengthHead, MeanTokens, PredictedThreshold, Threshold, Within
+from model.config import HaltingConfig
 from model.metrics import METRICS
 from model.recipes import LengthHeadConfig
 from model.tokens import TokenBatch
@@ -213,10 +214,7 @@ def test_bf16_autocast_stays_close(small, photographs, name):
 def test_halting_off_equals_the_model_without_it(photographs, name):
     images = photographs(2, (32, 32))
     plain = build(SMALL_CONFIGS[name])
-    never = build(
-        replace(
-            SMALL_CONFIGS[name], halting=replace(SMALL.halting, enabled=True, threshold=1.1 - 1.1 * (name == "vae"))
-        )
-    )
+    out_of_reach = HaltingConfig(enabled=True, threshold=1.1 if name == "vqgan" else 0.0)
+    never = build(replace(SMALL_CONFIGS[name], halting=out_of_reach))
     for a, b in zip(plain.rollout(images), never.rollout(images), strict=True):
         assert torch.equal(a.hidden, b.hidden)
