@@ -5,6 +5,7 @@ An artifact lives in ``<workspace>/<stage>/<key>/`` on a local disk or in a buck
 stands under a key is whole, and a stage that is killed leaves nothing there.
 """
 
+import hashlib
 import json
 import tempfile
 import time
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from math import ceil, log2
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -273,6 +275,22 @@ class Publication(Artifact):
     """``publication.json``: the registered model's name and version, the runs, the tables."""
 
     schema: ClassVar[str] = "publication"
+
+
+def archive_header(tokenizer_uri: str) -> dict[str, Any]:
+    """What an archive says of its tokenizer: the digest of its weights, its codebook and where it stood."""
+    weights = read_bytes(join(tokenizer_uri, "weights.safetensors"))
+    config = read_json(join(tokenizer_uri, "config.json"))["config"]
+    size, width = config["codebook_size"], config["latent_dim"]
+    return {
+        "digest": hashlib.sha256(weights).hexdigest(),
+        "uri": tokenizer_uri,
+        "codebook_size": size,
+        "latent_dim": width,
+        "image_size": config["image_size"],
+        "budgets": config["budgets"],
+        "bits_per_token": ceil(log2(size)) if size else 16 * width,
+    }
 
 
 def read_manifest(uri: str) -> Manifest | None:

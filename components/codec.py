@@ -12,6 +12,7 @@ import pyarrow as pa
 from components.artifacts import (
     REJECTED_SCHEMA,
     Figures,
+    archive_header,
     join,
     local_folder,
     read_batches,
@@ -21,8 +22,7 @@ from components.artifacts import (
 )
 from components.config import DataConfig, IngestConfig, RuleConfig
 from components.images import BadImage, encode_png, image_id, prepare, stack, to_float
-from components.pack import archive_header
-from components.select_counts import build_rule
+from components.rules import build_rule
 from components.sources import open_source
 
 if TYPE_CHECKING:

@@ -1,9 +1,6 @@
 """pack.<task>: the chosen tokens of every image, gathered from the codes that tokenize kept. No encoder runs again."""
 
-import hashlib
 from collections.abc import Sequence
-from math import ceil, log2
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,9 +12,9 @@ from components.artifacts import (
     Job,
     TokenCounts,
     Tokenizer,
+    archive_header,
     filesystem,
     join,
-    read_bytes,
     read_json,
     write_json,
 )
@@ -43,22 +40,6 @@ def pack(
     write_json(join(job.output, "tokenizer.json"), header)
     bits = tokens * header["bits_per_token"]
     return {"images": images, "tokens": tokens, "mean_bits": bits / images, "bytes": bits // 8}
-
-
-def archive_header(tokenizer_uri: str) -> dict[str, Any]:
-    """What an archive says of its tokenizer: the digest of its weights, its codebook and where it stood."""
-    weights = read_bytes(join(tokenizer_uri, "weights.safetensors"))
-    config = read_json(join(tokenizer_uri, "config.json"))["config"]
-    size, width = config["codebook_size"], config["latent_dim"]
-    return {
-        "digest": hashlib.sha256(weights).hexdigest(),
-        "uri": tokenizer_uri,
-        "codebook_size": size,
-        "latent_dim": width,
-        "image_size": config["image_size"],
-        "budgets": config["budgets"],
-        "bits_per_token": ceil(log2(size)) if size else 16 * width,
-    }
 
 
 def _read(uri: str, name: str) -> pa.Table:

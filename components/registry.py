@@ -1,4 +1,7 @@
-"""The model registry: a tokenizer goes in as a new version, and comes out as a folder."""
+"""The model registry: a tokenizer goes in as a new version, and comes out as a folder.
+
+It and serving.py, which MLflow runs beside the weights, are the modules besides tracking.py that import mlflow.
+"""
 
 import json
 import shutil
@@ -9,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from components.config import RuleConfig
 from components.tracking import Tracker
+from model.starter import STARTER
 
 SERVING = Path(__file__).with_name("serving.py")
 PACKAGES = ("model", "components")  # what serving.py imports, at the version that made the weights
@@ -105,3 +110,21 @@ def _example(png: bytes) -> Any:
     import pandas as pd
 
     return pd.DataFrame({"image": [png]})
+
+
+def resolve_model(name: str) -> str:
+    """The local folder of ``starter``, a Tokenizer's folder, or a registered ``models:/NAME@ALIAS`` (downloaded).
+
+    Raises ValueError when there is no tokenizer.
+    """
+    folder = Path(STARTER if name == "starter" else download_tokenizer(name) if ":/" in name else name)
+    if not (folder / "weights.safetensors").is_file() or not (folder / "config.json").is_file():
+        raise ValueError(f"--model {name!r}: no tokenizer there; starter, a Tokenizer's folder or models:/NAME@ALIAS")
+    return str(folder)
+
+
+def registered_rules(folder: str) -> dict[str, RuleConfig]:
+    """The rule of each task that the model in ``folder`` was published with; none for a bare Tokenizer artifact."""
+    file = Path(folder) / "rules.json"
+    rules = json.loads(file.read_text()) if file.is_file() else {}
+    return {task: RuleConfig.model_validate(rule) for task, rule in rules.items()}

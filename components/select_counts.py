@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from components.artifacts import COUNTS_SCHEMA, Figures, Job, ScoreTable, filesystem, join, read_json
 from components.config import NoConfig, RuleConfig, TaskConfig
 from components.mapping import part_names
-from model.selection import Best, MeanTokens, Rule, Selection, Threshold, Within
+from components.rules import build_rule, describe
+from model.selection import Selection
 
 
 @dataclass(frozen=True)
@@ -46,32 +47,6 @@ def select(job: Job, *, config: TaskConfig, resources: NoConfig, scores: ScoreTa
     choice = choose(scores, config.rule)
     write_counts(scores, choice, config.name, join(job.output, "table"))
     return choice.figures()
-
-
-def build_rule(config: RuleConfig) -> Rule:
-    """The rule of model/selection.py that ``config`` names."""
-    if config.kind == "threshold":
-        return Threshold(config.metric, max=config.max, min=config.min)
-    if config.kind == "within":
-        assert config.ratio is not None
-        return Within(config.metric, config.ratio)
-    if config.kind == "mean_tokens":
-        assert config.mean is not None
-        return MeanTokens(config.metric, config.mean)
-    return Best(config.metric)
-
-
-def describe(config: RuleConfig) -> str:
-    """The rule in a few words, e.g. ``l1 <= 0.06``."""
-    parts = {
-        "threshold": f"{config.metric} <= {config.max}"
-        if config.max is not None
-        else f"{config.metric} >= {config.min}",
-        "within": f"{config.metric} within {config.ratio} of the most tokens",
-        "mean_tokens": f"least {config.metric} at {config.mean} tokens a mean image",
-        "best": f"best {config.metric}",
-    }
-    return parts[config.kind]
 
 
 def choose(scores: ScoreTable, rule: RuleConfig) -> Choice:

@@ -1,6 +1,7 @@
 """``alit select``: token counts under another rule, from scores that are already stored. No Ray, no model."""
 
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 
 from components.artifacts import Draft, Job, Manifest, ScoreTable, TokenCounts, join, read_manifest
@@ -8,6 +9,7 @@ from components.config import NoConfig, RuleConfig, TaskConfig
 from components.select_counts import select
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Stage
+from pipelines.lock import hold
 from pipelines.runner import absolute
 from pipelines.summary import number, table
 from pipelines.train import build, select_stage
@@ -25,7 +27,9 @@ def choose_again(config: RunConfig, task_name: str, given: Mapping[str, float]) 
     rule = RuleConfig.model_validate({"kind": KINDS[parameter], "metric": task.rule.metric, parameter: value})
     scores = _stored_scores(config)
     stage = select_stage(task.model_copy(update={"rule": rule}))
-    uri = _made(stage, scores, absolute(config.workspace))
+    workspace = absolute(config.workspace)
+    with hold(workspace, f"select-{uuid.uuid4().hex[:6]}", config.wait_s):
+        uri = _made(stage, scores, workspace)
     figures = TokenCounts.open(uri).manifest.counts
     shares = [part.split(":") for part in str(figures.pop("histogram")).split()]
     total = sum(int(count) for _, count in shares)

@@ -98,10 +98,8 @@ def _add_paths(parser: argparse.ArgumentParser, what: str) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from components.tracking import TrackingError
-    from pipelines.cluster import ClusterError, DemandError
+    from components.artifacts import WorkspaceError
     from pipelines.config import load_config
-    from pipelines.lock import WorkspaceHeld
     from pipelines.runner import run
     from pipelines.summary import lines_of
     from pipelines.train import build, options_of
@@ -116,7 +114,7 @@ def _run(options: argparse.Namespace) -> int:
             workspace=config.workspace,
             options=options_of(config, force=tuple(options.force), until=options.until),
         )
-    except (ClusterError, DemandError, TrackingError, WorkspaceHeld) as error:
+    except WorkspaceError as error:
         _out.error("error: %s", error)
         return 1
     for line in lines_of(record):
@@ -181,7 +179,7 @@ def _select(options: argparse.Namespace) -> int:
 def _encode(options: argparse.Namespace) -> int:
     from components.codec import EncodeRequest, encode_folder
     from components.config import RuleConfig
-    from components.models import registered_rules, resolve_model
+    from components.registry import registered_rules, resolve_model
 
     with _user_errors():
         model = resolve_model(options.model)
@@ -207,7 +205,7 @@ def _encode(options: argparse.Namespace) -> int:
 
 def _decode(options: argparse.Namespace) -> int:
     from components.codec import decode_archive
-    from components.models import resolve_model
+    from components.registry import resolve_model
 
     if not (Path(options.input) / "tokenizer.json").is_file():
         raise ConfigError(f"--input {options.input!r}: a token archive (a folder with tokenizer.json) is needed")

@@ -1,0 +1,95 @@
+"""Mistakes in a config: exit 2, and one message that names the field, the value and what is allowed."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipelines.cli import main
+from pipelines.config import READY, ConfigError, load_config
+from pipelines.train import build
+
+MISTAKES = {
+    "foo=1": ("foo = 1", "no such key"),
+    "training.distill.typo=1": ("training.distill.typo = 1", "no such key"),
+    "training.workers=two": ("training.workers = 'two'", "integer"),
+    "training.workers=0": ("training.workers = 0", "greater than 0"),
+    "data.image_size=66": ("data.image_size = (66, 66)", "8 px"),
+    "tokenizer.budgets=[8, 8]": ("budgets = [8, 8]", "increasing"),
+    "tokenizer.budgets=[16, 8]": ("budgets = [16, 8]", "increasing"),
+    "tokenizer.base.typo=3": ("tokenizer.base.typo = 3", "no such key"),
+    "tokenizer.size=huge": ("tokenizer.size = 'huge'", "alit_small"),
+    "tokenizer.encoder_width=130": ("encoder_width = 130", "multiple of encoder_heads"),
+    "tasks.0.rule.max=null": ("'threshold' rule", "max or min"),
+    "tasks.0.rule.metric=ssim": ("tasks.0.rule.metric = 'ssim'", "'l1'"),
+    "tasks=[]": ("tasks", "at least 1"),
+    "data.source=/no/such/folder": ("/no/such/folder", "no such folder"),
+    "data.source=s3://bucket/photos": ("s3://bucket/photos", "not supported yet"),
+    "training.from=/no/such/model": ("training.from = '/no/such/model'", "scratch, starter"),
+    "training.distill.batch_size=9": ("batch_size = 9", "multiple of workers"),
+    "nonsense": ("nonsense", "KEY=VALUE"),
+    "tasks.7.name=x": ("tasks.7.name=x", "nothing at '7'"),
+}
+
+
+@pytest.mark.parametrize("override", MISTAKES)
+def test_a_mistake_is_told_in_one_message(override: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "demo", "--set", override]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert len(said.splitlines()) == 1
+    for part in MISTAKES[override]:
+        assert part in said
+
+
+def test_a_missing_file_lists_the_ready_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "nowhere.yaml"]) == 2
+    assert "demo" in capsys.readouterr().err
+
+
+def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ConfigError, match="mapping"):
+        load_config(str(tmp_path / "list.yaml"))
+    (tmp_path / "broken.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(str(tmp_path / "broken.yaml"))
+
+
+@pytest.mark.parametrize("file", sorted(READY.glob("*.yaml")), ids=lambda file: file.stem)
+def test_ready_configs_are_valid(file: Path) -> None:
+    overrides = [] if yaml.safe_load(file.read_text())["data"]["source"] == "demo" else ["data.source=demo"]
+    pipeline = build(load_config(str(file), overrides))
+    assert [stage.name for stage in pipeline.order()][-1] == "publish"
+
+
+def test_what_changes_no_result_changes_no_key() -> None:
+    keys = build(load_config("demo")).keys()
+    more = ["training.workers=4", "inference.actors=2", "inference.batch_size=3", "ingest.tasks=1", "ray.num_cpus=8"]
+    assert build(load_config("demo", more)).keys() == keys
+
+
+def test_a_threshold_changes_only_what_follows_from_it() -> None:
+    before = build(load_config("demo")).keys()
+    after = build(load_config("demo", ["tasks.0.rule.max=0.05"])).keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"select.reconstruction", "pack.reconstruction", "publish"}
+
+
+def test_graph_is_mermaid(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["graph", "demo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "flowchart LR"
+    assert any("distill -- tokenizer --> tokenize" in line for line in lines)
+
+
+def test_help_needs_no_heavy_import() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, pipelines.cli; print(sorted({'torch', 'ray', 'mlflow'} & set(sys.modules)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "[]"
+    code = code.replace("print", "pipelines.cli.main(['plan', 'demo']); print")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert said.strip().endswith("[]")
