@@ -112,7 +112,7 @@ def _run(options: argparse.Namespace) -> int:
         record = run(
             pipeline,
             workspace=config.workspace,
-            options=options_of(config, force=tuple(options.force), until=options.until),
+            options=options_of(config, pipeline, force=options.force, until=options.until),
         )
     except WorkspaceError as error:
         _out.error("error: %s", error)

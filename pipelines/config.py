@@ -21,6 +21,7 @@ from components.config import (
     TrainConfig,
     TrainResources,
 )
+from components.sources import DEMO
 from model.config import SIZES, AlitConfig, BaseObjectiveConfig, DistillConfig
 from model.starter import STARTER
 
@@ -118,7 +119,7 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     for override in overrides:
         _override(raw, override)
     try:
-        return RunConfig.model_validate(_with_sizes(raw))
+        return RunConfig.model_validate(_with_paths(_with_sizes(raw)))
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "\n".join(_lines(error))) from error
 
@@ -162,6 +163,17 @@ def _child(place: Any, name: str, text: str) -> Any:
     if isinstance(place, list) and name.isdigit() and int(name) < len(place):
         return place[int(name)]
     raise ConfigError(f"--set {text!r}: there is nothing at {name!r} to set")
+
+
+def _with_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with a local source as an absolute path: workers have another working directory."""
+    data = raw.get("data")
+    if not isinstance(data, dict):
+        return dict(raw)
+    source = data.get("source")
+    if not isinstance(source, str) or source == DEMO or "://" in source:
+        return dict(raw)
+    return {**raw, "data": {**data, "source": str(Path(source).expanduser().absolute())}}
 
 
 def _with_sizes(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The train pipeline: from a source of images to a registered tokenizer and the tokens that each task needs."""
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from components.config import (
     TaskConfig,
 )
 from components.sources import open_source
+from components.tracking import DataSet
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
 from pipelines.runner import RunOptions
@@ -28,17 +30,21 @@ def build(config: RunConfig) -> Pipeline:
     return Pipeline("train", (*stages, _publish(config)))
 
 
-def options_of(config: RunConfig, *, force: tuple[str, ...] = (), until: str | None = None) -> RunOptions:
-    """How ``config`` wants its run done."""
+def options_of(
+    config: RunConfig, pipeline: Pipeline, *, force: Sequence[str] = (), until: str | None = None
+) -> RunOptions:
+    """How ``config`` wants ``pipeline`` run."""
+    data = config.data
+    digest = str(pipeline["ingest"].fingerprint["listing"])
     return RunOptions(
-        force=force,
+        force=tuple(force),
         until=until,
         retries=config.retries,
         wait_s=config.wait_s,
         ray=config.ray,
         mlflow=config.mlflow,
         config=config.model_dump(mode="json", by_alias=True),
-        data_set=None,
+        data_set=DataSet(name=Path(data.source).name, digest=digest, source=data.source, counts={}),
     )
 
 
