@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from components.config import OptimizerConfig, TrainConfig
 
-EMBEDDINGS = ("codebook", "token", "positions", "rollout_embedding")
+TABLES = ("codebook", "class_token", "mask_token", "latent_tokens", "positions", "rollout_embedding")
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
@@ -17,7 +17,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
 
     The authors decay everything that is not one-dimensional, tokens and codebook included.
     """
-    flat = {name for name, p in parameters.items() if p.ndim < 2 or any(word in name for word in EMBEDDINGS)}
+    flat = {name for name, p in parameters.items() if p.ndim < 2 or any(word in name for word in TABLES)}
     groups = [
         {"params": [p for name, p in parameters.items() if name not in flat], "weight_decay": config.weight_decay},
         {"params": [p for name, p in parameters.items() if name in flat], "weight_decay": 0.0},
