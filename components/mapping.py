@@ -7,14 +7,17 @@ many actors there are or which of them took which file; a worker that dies costs
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from components.artifacts import filesystem
+from components.artifacts import filesystem, local_folder
 from components.config import InferenceResources
+
+if TYPE_CHECKING:
+    from model import AlitTokenizer
 
 Totals = dict[str, float]
 
@@ -75,6 +78,16 @@ class _FileMapper:
             streams.append(file.iter_batches(batch_size=self._mapping.resources.batch_size, columns=columns))
         for batches in zip(*streams, strict=True):
             yield tuple(pa.Table.from_batches([batch]) for batch in batches)
+
+
+def load_tokenizer(uri: str) -> "AlitTokenizer":
+    """The tokenizer of a Tokenizer artifact, on the GPU that Ray gave this actor, if it did."""
+    import torch
+
+    from model import AlitTokenizer
+
+    with local_folder(uri) as folder:
+        return AlitTokenizer.load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def map_table(mapping: Mapping, progress: Callable[[str], None]) -> Totals:

@@ -8,10 +8,10 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import CodeBook, Figures, ImageSet, Job, Tokenizer, join, local_folder, read_json, write_json
+from components.artifacts import CodeBook, Figures, ImageSet, Job, Tokenizer, join, read_json, write_json
 from components.config import InferenceResources, ScoreStageConfig
 from components.images import stack, to_float
-from components.mapping import Mapping, Totals, map_table
+from components.mapping import Mapping, Totals, load_tokenizer, map_table
 
 
 def score(
@@ -47,10 +47,7 @@ class _Scorer:
     """Decodes codes and compares with the originals."""
 
     def __init__(self, tokenizer_uri: str, metrics: tuple[str, ...]) -> None:
-        from model import AlitTokenizer
-
-        with local_folder(tokenizer_uri) as folder:
-            self._tokenizer = AlitTokenizer.load(folder)
+        self._tokenizer = load_tokenizer(tokenizer_uri)
         self._metrics = metrics
 
     def __call__(self, images: pa.Table, codes: pa.Table) -> tuple[pa.Table, Totals]:
@@ -69,7 +66,8 @@ class _Scorer:
         from model.metrics import METRICS
         from model.tokens import TokenBatch
 
-        originals = to_float(torch.from_numpy(pixels))
+        device = next(self._tokenizer.parameters()).device
+        originals = to_float(torch.from_numpy(pixels).to(device))
         config = self._tokenizer.config
         per_token = 1 if config.codebook_size else config.channels_per_latent
         scores: dict[str, list[np.ndarray]] = {name: [] for name in self._metrics}
@@ -80,7 +78,7 @@ class _Scorer:
                 tokens = part if config.codebook_size else part.reshape(len(part), budget, per_token)
                 restored = self._tokenizer.decode(TokenBatch.from_list(list(tokens), config.codebook_size))
                 for name, values in scores.items():
-                    values.append(METRICS[name](originals, restored).numpy())
+                    values.append(METRICS[name](originals, restored).cpu().numpy())
                 start += budget * per_token
         return {name: np.stack(values, axis=1) for name, values in scores.items()}
 

@@ -4,18 +4,15 @@ Legend: B batch, L latents of a budget, D numbers in a latent.
 """
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import Figures, ImageSet, Job, Tokenizer, join, local_folder, write_json
+from components.artifacts import Figures, ImageSet, Job, Tokenizer, join, read_json, write_json
 from components.config import InferenceResources, NoConfig
 from components.images import stack, to_float
-from components.mapping import Mapping, Totals, map_table
-
-if TYPE_CHECKING:
-    from model import AlitTokenizer
+from components.mapping import Mapping, Totals, load_tokenizer, map_table
 
 
 def tokenize(
@@ -30,17 +27,9 @@ def tokenize(
         columns=[["image_id", "image"]],
     )
     totals = map_table(mapping, job.progress)
-    budgets = load_tokenizer(tokenizer.uri).budgets
-    write_json(join(job.output, "budgets.json"), list(budgets))
+    budgets = read_json(join(tokenizer.uri, "config.json"))["config"]["budgets"]
+    write_json(join(job.output, "budgets.json"), budgets)
     return {"images": int(totals["rows"]), "tokens": int(totals["tokens"])}
-
-
-def load_tokenizer(uri: str) -> "AlitTokenizer":
-    """The tokenizer of a Tokenizer artifact."""
-    from model import AlitTokenizer
-
-    with local_folder(uri) as folder:
-        return AlitTokenizer.load(folder)
 
 
 class _Encoder:
@@ -48,6 +37,7 @@ class _Encoder:
 
     def __init__(self, tokenizer_uri: str) -> None:
         self._tokenizer = load_tokenizer(tokenizer_uri)
+        self._device = next(self._tokenizer.parameters()).device
 
     def __call__(self, table: pa.Table) -> tuple[pa.Table, Totals]:
         codes = self._encode(stack(table["image"].to_pylist()))
@@ -63,9 +53,9 @@ class _Encoder:
         size = self._tokenizer.config.codebook_size
         with torch.inference_mode():
             parts = []
-            for step in self._tokenizer.rollout(to_float(torch.from_numpy(images))):
+            for step in self._tokenizer.rollout(to_float(torch.from_numpy(images).to(self._device))):
                 if size is None or step.codes is None:
-                    parts.append(step.latents.flatten(1).numpy().astype(np.float16))
+                    parts.append(step.latents.flatten(1).cpu().numpy().astype(np.float16))
                 else:
-                    parts.append(step.codes.numpy().astype(id_type(size)))
+                    parts.append(step.codes.cpu().numpy().astype(id_type(size)))
         return np.concatenate(parts, axis=1)

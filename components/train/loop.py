@@ -54,6 +54,7 @@ class Place:
 
     rank: int
     world: int
+    device: torch.device = torch.device("cpu")
 
     @property
     def leads(self) -> bool:
@@ -67,7 +68,7 @@ class Learner:
     def __init__(self, run: TrainRun, place: Place) -> None:
         torch.manual_seed(run.config.train.seed)
         self.run, self.place = run, place
-        self.objective = RECIPES[run.recipe].build(run.config, run.inputs, run.resources.start)
+        self.objective = RECIPES[run.recipe].build(run.config, run.inputs, run.resources.start).to(place.device)
         self.trainable: dict[str, nn.Parameter] = self.objective.trainable()
         self.optimizer = build_optimizer(self.trainable, run.config.train.optimizer)
         self.average = MovingAverage(self.trainable, run.config.train.optimizer.ema_decay)
@@ -79,7 +80,7 @@ class Learner:
     def prepare(self, images: Tensor) -> None:
         """Before the first step of fresh weights, with the first uint8 images; DDP then spreads rank 0's weights."""
         generator = step_generator(self.run.config.train.seed, 0, self.place.rank)
-        self.objective.prepare(to_float(images), generator)
+        self.objective.prepare(to_float(images.to(self.place.device)), generator)
         self.average = MovingAverage(self.trainable, self.run.config.train.optimizer.ema_decay)
 
     def step(self, images: Tensor) -> tuple[Any, Tensor]:
@@ -105,7 +106,7 @@ class Learner:
     def _augmented(self, images: Tensor) -> Tensor:
         train = self.run.config.train
         generator = step_generator(train.seed, self.steps_done, self.place.rank)
-        pixels = random_resized_crop(images, scale=train.crop_scale, generator=generator)
+        pixels = random_resized_crop(images.to(self.place.device), scale=train.crop_scale, generator=generator)
         return recolour(pixels, share=train.recolour, generator=generator) if train.recolour else pixels
 
     def _let_rest(self) -> None:
@@ -165,9 +166,10 @@ def read_state(folder: str | Path) -> dict[str, Any]:
 def train_loop(loop_config: dict[str, TrainRun]) -> None:
     """Ray Train's entry: train ``loop_config["run"]`` from its last checkpoint to its last step."""
     import ray.train
+    import ray.train.torch
 
     run, context = loop_config["run"], ray.train.get_context()
-    place = Place(context.get_world_rank(), context.get_world_size())
+    place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     learner = Learner(run, place)
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
@@ -203,7 +205,7 @@ def _batches(run: TrainRun, place: Place, first_step: int) -> Batches:
 @torch.no_grad()
 def evaluate(run: TrainRun, learner: Learner) -> dict[str, float]:
     """Held-out figures of the averaged weights."""
-    images = held_out(run.images, run.config.train.eval_images)
+    images = held_out(run.images, run.config.train.eval_images).to(learner.place.device)
     if not len(images):
         return {}
     learner.objective.eval()
