@@ -88,6 +88,13 @@ def _parser() -> argparse.ArgumentParser:
     count.add_argument("--max-l1", type=float, metavar="X", help="the fewest tokens with a mean absolute error up to X")
     decode = add("decode", _decode, "Decode a token archive into PNG files.")
     _add_paths(decode, "a token archive")
+    imported = add(
+        "import-checkpoint", _import_checkpoint, "Turn a checkpoint of the paper's own code into a tokenizer."
+    )
+    imported.add_argument("file", help="a .pth or .safetensors file")
+    imported.add_argument("--base", required=True, choices=["vqgan", "vae"], help="its base tokenizer")
+    imported.add_argument("--size", default="alit_small", help="its size's name (default: alit_small)")
+    imported.add_argument("--output", required=True, help="a folder; made if missing")
     return parser
 
 
@@ -212,6 +219,17 @@ def _decode(options: argparse.Namespace) -> int:
     with _user_errors():
         figures = decode_archive(resolve_model(options.model), options.input, options.output, _progress)
     _out.info("%d images -> %s", figures["images"], options.output)
+    return 0
+
+
+def _import_checkpoint(options: argparse.Namespace) -> int:
+    from model.official import load_official
+
+    with _user_errors():
+        tokenizer = load_official(options.file, options.size, base=options.base)
+    tokenizer.save(options.output)
+    millions = sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6
+    _out.info("%s, %s base, %.1f M parameters -> %s", options.size, options.base, millions, options.output)
     return 0
 
 

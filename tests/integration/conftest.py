@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ALIT = [sys.executable, "-m", "pipelines.cli"]
+ALIT = [sys.executable, "-m", "pipelines"]
 SMALL = (
     "data.crops=90",
     "training.distill.further_steps=4",
@@ -59,9 +59,9 @@ class Workspace:
     result: Result
 
     def artifact(self, stage: str) -> Path:
-        """The folder of the stage's one artifact."""
-        (folder,) = [found.parent for found in (self.path / stage).glob("*/artifact.json")]
-        return folder
+        """The folder of the stage's artifact, the one that the run made; `alit select` may have added others since."""
+        found = (self.path / stage).glob("*/artifact.json")
+        return min(found, key=lambda manifest: manifest.stat().st_mtime_ns).parent
 
 
 @pytest.fixture(scope="session")

@@ -71,7 +71,7 @@ def submit(head: Head, command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_submitted_run(head: Head, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines.cli", "run", "demo"]
+    command = [sys.executable, "-m", "pipelines", "run", "demo"]
     done = submit(head, [*command, *settings(f"workspace={tmp_path}/w", *SMALL, "training.cpus_per_worker=0.25")])
     assert done.returncode == 0, done.stdout + done.stderr
     assert "pack.reconstruction" in done.stdout and "train done" in done.stdout
@@ -81,7 +81,7 @@ def test_a_submitted_run(head: Head, tmp_path: Path) -> None:
 
 
 def test_a_submitted_run_that_fails(head: Head, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines.cli", "run", "demo"]
+    command = [sys.executable, "-m", "pipelines", "run", "demo"]
     done = submit(head, [*command, *settings(f"workspace={tmp_path}/w", *SMALL, "data.image_size=66")])
     assert done.returncode == 1
     assert "data.image_size = (66, 66)" in done.stdout + done.stderr

@@ -71,7 +71,7 @@ def test_the_state_goes_into_a_checkpoint():
 
 def test_objectives_count_in_training_only(photographs):
     images = photographs(2, (32, 32))
-    objective = DistillObjective(build(SMALL), DistillConfig())
+    objective = DistillObjective(build(SMALL), DistillConfig()).eval()
     objective(images, seeded())
     assert objective.health.counts.sum() == 0
     objective.train()(images, seeded())
