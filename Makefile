@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean-venv
+.PHONY: demo test lint bench-model
 
 demo: .venv/installed
 	$(BIN)/alit run pipelines/configs/demo.yaml
@@ -14,6 +14,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench-model: .venv/installed
+	$(BIN)/python -m tests.bench.bench_model
 
 .venv/installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv

@@ -147,10 +147,8 @@ class AlitConfig:
             self.image_size,
             f"positive multiples of the base's patch, {self.base.patch} px",
         )
-        steps = self.steps
-        _require(
-            bool(steps) and min(steps) > 0, "budgets", list(self.budgets), "positive and increasing, e.g. [32, 64]"
-        )
+        rises = bool(self.budgets) and min(self.steps) > 0
+        _require(rises, "budgets", list(self.budgets), "positive and increasing, e.g. [32, 64]")
         for name in ("encoder", "decoder"):
             width, heads = getattr(self, f"{name}_width"), getattr(self, f"{name}_heads")
             _require(heads > 0 and width % heads == 0, f"{name}_width", width, f"a multiple of {name}_heads = {heads}")

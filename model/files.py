@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 WEIGHTS, CONFIG = "weights.safetensors", "config.json"
 
@@ -65,3 +66,18 @@ def load_tensors(path: str | Path, keys: Sequence[str] = ()) -> dict[str, Tensor
         held = sorted(map(str, contents)) if isinstance(contents, dict) else type(contents).__name__
         raise ValueError(f"{path}: holds {held}; a state dict{' or one of ' if keys else ''}{list(keys)} is needed")
     return found
+
+
+class SkipRandomWeights(TorchFunctionMode):
+    """Inside it, torch's layers come with whatever is in memory: seconds are saved for weights that are loaded next.
+
+    (The meta device would do, but its first use imports torch's compiler, which takes seconds too.)
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Leave out what layers fill their weights with."""
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))

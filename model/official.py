@@ -91,11 +91,12 @@ def load_official(
 
 def from_official(state: Mapping[str, Tensor], config: AlitConfig) -> AlitTokenizer:
     """A tokenizer of ``config`` from tensors by the authors' names; raises ValueError when they don't fit."""
-    with torch.device("meta"):
-        shapes = AlitTokenizer(config).state_dict()
-    names = {ours: official_name(ours, config) for ours in shapes}
-    _check(state, {names[ours]: tuple(tensor.shape) for ours, tensor in shapes.items()}, config)
-    return AlitTokenizer.with_weights(config, {ours: state[theirs].float() for ours, theirs in names.items()}).eval()
+    tokenizer = AlitTokenizer.unfilled(config)
+    wanted = {name: (official_name(name, config), tensor.shape) for name, tensor in tokenizer.state_dict().items()}
+    _check(state, {theirs: tuple(shape) for theirs, shape in wanted.values()}, config)
+    weights = {ours: state[theirs].float() for ours, (theirs, _) in wanted.items()}
+    tokenizer.load_state_dict(weights, assign=True)
+    return tokenizer.eval()
 
 
 def to_official(tokenizer: AlitTokenizer) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from model.base import build_base
 from model.blocks import initialise
 from model.config import AlitConfig
 from model.distill import GridDecoder, LatentEncoder
-from model.files import load_folder, save_folder
+from model.files import SkipRandomWeights, load_folder, save_folder
 from model.local_start import start_locally
 from model.metrics import METRICS
 from model.predicted import PredictedThreshold
@@ -34,16 +34,18 @@ FORMAT_VERSION = 1
 class AlitTokenizer(nn.Module):
     """Adaptive-length image tokenizer by recurrent allocation (arXiv 2411.02393)."""
 
-    def __init__(self, config: AlitConfig) -> None:
+    def __init__(self, config: AlitConfig, *, filled: bool = True) -> None:
+        """Fresh weights; ``filled`` False leaves what is in memory, see :meth:`unfilled`."""
         super().__init__()
         self.config = config
         self.base = build_base(config.base)
         self.encoder = LatentEncoder(config)
         self.decoder = GridDecoder(config, self.base.output_dim)
-        initialise(self.encoder)
-        initialise(self.decoder)
-        if config.init == "local":
-            start_locally(self.encoder, self.decoder, config)
+        if filled:
+            initialise(self.encoder)
+            initialise(self.decoder)
+            if config.init == "local":
+                start_locally(self.encoder, self.decoder, config)
         self.quantizer: VectorQuantizer | Continuous = Continuous()
         if config.codebook_size is not None:
             self.quantizer = VectorQuantizer(config.codebook_size, config.channels_per_latent)
@@ -224,10 +226,15 @@ class AlitTokenizer(nn.Module):
     @classmethod
     def with_weights(cls, config: AlitConfig, weights: Mapping[str, Tensor]) -> "AlitTokenizer":
         """A tokenizer that holds ``weights`` (names of ``state_dict``) themselves; torch raises when they don't fit."""
-        with torch.device("meta"):  # no time for random weights that are overwritten at once
-            tokenizer = cls(config)
+        tokenizer = cls.unfilled(config)
         tokenizer.load_state_dict(weights, assign=True)
         return tokenizer
+
+    @classmethod
+    def unfilled(cls, config: AlitConfig) -> "AlitTokenizer":
+        """With whatever is in memory for weights: quick, for those that come with their own."""
+        with SkipRandomWeights():
+            return cls(config, filled=False)
 
 
 def resize_positions(table_SW: Tensor, grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:

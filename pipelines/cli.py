@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     decode = add("decode", _decode, "Decode a token archive into PNG files.")
     _add_paths(decode, "a token archive")
     imported = add(
-        "import-checkpoint", _import_checkpoint, "Turn a checkpoint of the paper's own code into a tokenizer."
+        "import-checkpoint", _import_checkpoint, "Read a checkpoint of the paper's own code."
     )
     imported.add_argument("file", help="a .pth or .safetensors file")
     imported.add_argument("--base", required=True, choices=["vqgan", "vae"], help="its base tokenizer")
@@ -225,6 +225,8 @@ def _decode(options: argparse.Namespace) -> int:
 def _import_checkpoint(options: argparse.Namespace) -> int:
     from model.official import load_official
 
+    if not Path(options.file).is_file():
+        raise ConfigError(f"{options.file!r}: no such file; a .pth or .safetensors file is needed")
     with _user_errors():
         tokenizer = load_official(options.file, options.size, base=options.base)
     tokenizer.save(options.output)

@@ -65,8 +65,8 @@ def wait_until_ready(head: Head, node: subprocess.Popen[bytes]) -> None:
         time.sleep(2)
 
 
-def submit(head: Head, command: list[str]) -> subprocess.CompletedProcess[str]:
-    arguments = [RAY, "job", "submit", "--address", head.address, "--working-dir", str(ROOT), "--", *command]
+def submit(head: Head, command: list[str], *options: str) -> subprocess.CompletedProcess[str]:
+    arguments = [RAY, "job", "submit", "--address", head.address, "--working-dir", str(ROOT), *options, "--", *command]
     return subprocess.run(arguments, env=head.environment, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -85,3 +85,23 @@ def test_a_submitted_run_that_fails(head: Head, tmp_path: Path) -> None:
     done = submit(head, [*command, *settings(f"workspace={tmp_path}/w", *SMALL, "data.image_size=66")])
     assert done.returncode == 1
     assert "data.image_size = (66, 66)" in done.stdout + done.stderr
+
+
+def test_a_stopped_job_ends_cleanly(head: Head, tmp_path: Path) -> None:
+    import mlflow
+
+    workspace = tmp_path / "w"
+    long = ("training.distill.further_steps=400", "training.cpus_per_worker=0.25")
+    command = [sys.executable, "-m", "pipelines", "run", "demo", *settings(f"workspace={workspace}", *SMALL, *long)]
+    assert submit(head, command, "--no-wait", "--submission-id", "to-stop").returncode == 0
+    deadline = time.monotonic() + 300
+    while not any("step 3/400" in log.read_text() for log in workspace.glob("logs/*/distill.log")):
+        assert time.monotonic() < deadline, "distill did not start"
+        time.sleep(1)
+    stop = [RAY, "job", "stop", "--address", head.address, "to-stop"]
+    assert subprocess.run(stop, env=head.environment, capture_output=True, timeout=120, check=False).returncode == 0
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{workspace}/mlflow.db")
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments() if e.name == "alit"])
+    states = {run.data.tags.get("alit.stage", "parent"): run.info.status for run in runs}
+    assert states["parent"] == states["distill"] == "KILLED"
+    assert not (workspace / ".lock").exists()

@@ -154,3 +154,11 @@ def test_encode_and_decode_a_folder(finished: Workspace, tmp_path: Path) -> None
     assert other.code == 2 and "archive was made by" in other.err
     wrong = alit("encode", "--model", model, "--input", str(photos), "--output", str(tmp_path / "x"), "--tokens", "9")
     assert wrong.code == 2 and "budgets" in wrong.err
+
+
+def test_a_demand_that_cannot_be_met_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    wanted = settings(f"workspace={tmp_path}/w", "training.workers=8", "training.cpus_per_worker=1", "ray.num_cpus=2")
+    refused = alit("run", "demo", *wanted)
+    assert refused.code == 1
+    assert "8 workers" in refused.err and "the cluster has 2" in refused.err, refused.err
+    assert not (tmp_path / "w" / "ingest").exists()

@@ -70,8 +70,11 @@ def test_configs_and_rules_need_no_torch():
 
 
 def test_importing_has_no_effects():
-    code = "import torch\nbefore = torch.get_rng_state(), torch.get_num_threads()\nimport model.tokenizer, model.official\n"
-    code += (
-        "assert torch.equal(before[0], torch.get_rng_state()) and before[1] == torch.get_num_threads()\nprint('fine')"
-    )
+    code = """
+import torch
+before = torch.get_rng_state(), torch.get_num_threads()
+import model.tokenizer, model.official, model.finetune
+assert torch.equal(before[0], torch.get_rng_state()) and before[1] == torch.get_num_threads()
+print("fine")
+"""
     assert run(code) == "fine\n"

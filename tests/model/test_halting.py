@@ -41,7 +41,7 @@ def test_true_probability():
 @pytest.mark.parametrize("kind", ["vqgan", "vae"])
 @torch.no_grad()
 def test_halted_grid_tokens_become_the_mask_and_nothing_else(photographs, kind):
-    config = replace(SMALL_CONFIGS[kind], halting=HaltingConfig(True, 1e-9 if kind == "vqgan" else 0.2))
+    config = replace(SMALL_CONFIGS[kind], halting=HaltingConfig(True, 1e-9 if kind == "vqgan" else 0.05))
     tokenizer, images = build(config), photographs(3, (32, 32))
     uniform = [torch.rand(3, 64, generator=seeded(k)) * 0.03 for k in range(4)]
     rollout = tokenizer.rollout(images, halting_noise=uniform)

@@ -1,0 +1,277 @@
+"""Times the tokenizer at full size, phase by phase, beside what the machine can do: ``make bench-model``.
+
+Every row: seconds (the best of the repeats), images a second, where the time went, floating-point operations a second
+and their share of a large matrix product timed in the same run. Weights are random, images are real.
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from model import SIZES, AlitTokenizer
+from model.config import DistillConfig
+from model.objectives import DistillObjective, train_only
+from model.selection import FixedTokens, Floats, Selection
+
+PHASES = ("base encode", "rollouts", "decoder", "base decode")
+OWN_PROCESS = ("training step", "training step, 2 of 8 rollouts", "1024 px, 32 tokens and back")
+
+
+@dataclass
+class Row:
+    """One measured case; ``phases``: name to (seconds, operations)."""
+
+    case: str
+    images: int
+    seconds: float
+    operations: float
+    peak_gb: float
+    phases: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MetAt:
+    """A rule that measures as Threshold does and is met after so many rollouts (0: never), whatever the weights."""
+
+    rollout: int
+    metric: str = "l1"
+    reads_last: bool = False
+
+    def settled(self, values: Floats) -> NDArray[np.bool_]:
+        """At its rollout."""
+        return np.full(len(values), values.shape[1] == self.rollout)
+
+    def select(self, values: Floats, budgets: tuple[int, ...]) -> Selection:
+        """That rollout's budget, or the most tokens."""
+        return FixedTokens(budgets[self.rollout - 1]).select(values, budgets)
+
+
+def _attention(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def counting() -> FlopCounterMode:
+    """A counter that knows attention on the CPU too (backward: its two halves cost 2.5 times the forward pass)."""
+    aten = torch.ops.aten
+
+    def backward(_gradient: Any, query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) -> float:
+        return 2.5 * sdpa_flop_count(query, key, value)
+
+    return FlopCounterMode(
+        display=False,
+        custom_mapping={
+            aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+            aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
+        },
+    )
+
+
+class Meter:
+    """Adds up seconds and operations of each phase, by hooks on its module."""
+
+    def __init__(self, tokenizer: AlitTokenizer) -> None:
+        self.read: Callable[[], float] = time.perf_counter
+        self.total: dict[str, float] = defaultdict(float)
+        modules = (tokenizer.base.encoder, tokenizer.encoder, tokenizer.decoder, tokenizer.base.decoder)
+        for name, module in zip(PHASES, modules, strict=True):
+            module.register_forward_pre_hook(lambda *_, name=name: self._add(name, -self.read()))
+            module.register_forward_hook(lambda *_, name=name: self._add(name, self.read()))
+
+    def _add(self, name: str, value: float) -> None:
+        self.total[name] += value
+
+    def run(self, work: Callable[[], None], read: Callable[[], float]) -> tuple[float, dict[str, float]]:
+        """What ``work`` cost in all and by phase, in the units of ``read``."""
+        self.read = read
+        self.total.clear()
+        before = read()
+        work()
+        return read() - before, dict(self.total)
+
+
+def photographs(batch: int, side: int) -> Tensor:
+    """Real images [B, 3, side, side] in [0, 1]."""
+    from skimage import data
+
+    shots = [data.astronaut(), data.coffee(), data.chelsea(), data.rocket()]
+    images = []
+    for number in range(batch):
+        shot = shots[number % len(shots)]
+        square = torch.from_numpy(shot[: min(shot.shape[:2]), : min(shot.shape[:2])].copy()).permute(2, 0, 1)[None]
+        images.append(F.interpolate(square.float() / 255, size=(side, side), mode="bilinear", antialias=True))
+    return torch.cat(images)
+
+
+def ceilings(dtype: torch.dtype) -> dict[str, float]:
+    """Operations a second of a large matrix product and of the VQGAN's widest convolution."""
+    left, right = torch.randn(2, 4096, 4096).to(dtype)
+    grid, kernel = torch.randn(1, 128, 256, 256).to(dtype), torch.randn(128, 128, 3, 3).to(dtype)
+    works = {
+        "matrix product 4096": (lambda: left @ right, 2 * 4096**3),
+        "3x3 convolution, 128 channels, 256 px": (lambda: F.conv2d(grid, kernel, padding=1), 18 * 128**2 * 256**2),
+    }
+    found = {}
+    for name, (work, operations) in works.items():
+        seconds = []
+        for _ in range(4):
+            start = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - start)
+        found[name] = operations / min(seconds)
+    return found
+
+
+@torch.no_grad()
+def everything(tokenizer: AlitTokenizer, images: Tensor) -> None:
+    """All budgets with all reconstructions."""
+    for step in tokenizer.rollout(images):
+        _ = step.codes, step.images
+
+
+@torch.no_grad()
+def codes_only(tokenizer: AlitTokenizer, images: Tensor) -> None:
+    """The codes of all budgets, nothing decoded."""
+    for step in tokenizer.rollout(images):
+        _ = step.codes
+
+
+def training_step(tokenizer: AlitTokenizer, images: Tensor, sampled: int | None) -> Callable[[], None]:
+    """Forward, backward and AdamW of distillation."""
+    objective = DistillObjective(tokenizer, DistillConfig(sampled_rollouts=sampled)).train()
+    train_only(objective, objective.trainable())
+    optimizer = torch.optim.AdamW(objective.trainable().values(), lr=1e-5)
+    generator = torch.Generator().manual_seed(1)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        objective(images, generator).total.backward()
+        optimizer.step()
+
+    return step
+
+
+def cases(tokenizer: AlitTokenizer, images: Tensor) -> dict[str, Callable[[], None]]:
+    """Name to work."""
+
+    def there_and_back() -> None:
+        large = tokenizer.resized((1024, 1024))
+        large.decode(large.encode(photographs(1, 1024), 32))
+
+    return {
+        "all budgets, all reconstructions": lambda: everything(tokenizer, images),
+        "encode, met at 32 tokens": lambda: tokenizer.encode(images, MetAt(1)) and None,
+        "encode, met at 96 tokens": lambda: tokenizer.encode(images, MetAt(3)) and None,
+        "encode, never met": lambda: tokenizer.encode(images, MetAt(0)) and None,
+        "codes of all budgets": lambda: codes_only(tokenizer, images),
+        "training step": training_step(tokenizer, images, None),
+        "training step, 2 of 8 rollouts": training_step(tokenizer, images, 2),
+        "1024 px, 32 tokens and back": there_and_back,
+    }
+
+
+def measure(case: str, options: argparse.Namespace, tokenizer: AlitTokenizer, images: Tensor) -> Row:
+    """Count the operations while warming up, then time."""
+    tokenizer.train("training" in case)
+    work, meter = cases(tokenizer, images)[case], Meter(tokenizer)
+    with autocast(options):
+        with counting() as counter:
+            operations, by_phase = meter.run(work, counter.get_total_flops)
+        timed = min((meter.run(work, time.perf_counter) for _ in range(options.repeats)), key=lambda result: result[0])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    phases = {name: (timed[1].get(name, 0.0), by_phase.get(name, 0.0)) for name in PHASES}
+    return Row(case, 1 if "1024" in case else len(images), timed[0], operations, peak, phases)
+
+
+@contextmanager
+def autocast(options: argparse.Namespace) -> Iterator[None]:
+    """bf16 where it is asked for."""
+    with torch.autocast("cpu", dtype=torch.bfloat16) if options.dtype == "bf16" else nullcontext():
+        yield
+
+
+def in_own_process(case: str) -> Row:
+    """A case whose peak memory is of interest, or that changes the weights."""
+    command = [sys.executable, "-m", "tests.bench.bench_model", *sys.argv[1:], "--case", case]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    values = json.loads(done.stdout.splitlines()[-1])
+    return Row(**{**values, "phases": {name: tuple(pair) for name, pair in values["phases"].items()}})
+
+
+def table(rows: list[Row], ceiling: float) -> str:
+    """As markdown; each phase: seconds, and its share of the ceiling."""
+    lines = [
+        "| case | s | images/s | " + " | ".join(PHASES) + " | GFLOP/s | of the ceiling | peak GB |",
+        "|---|---|---|" + "---|" * (len(PHASES) + 3),
+    ]
+    for row in rows:
+        phases = [
+            f"{seconds:.2f} ({operations / seconds / ceiling:.0%})" if seconds > 1e-4 else "-"
+            for seconds, operations in row.phases.values()
+        ]
+        speed = row.operations / row.seconds
+        lines.append(
+            f"| {row.case} | {row.seconds:.2f} | {row.images / row.seconds:.3f} | {' | '.join(phases)} "
+            f"| {speed / 1e9:.0f} | {speed / ceiling:.0%} | {row.peak_gb:.1f} |"
+        )
+    return "\n".join(lines)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", default="alit_small", choices=sorted(SIZES))
+    parser.add_argument("--side", type=int, default=256, help="of the images, px")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--skip", nargs="*", default=[], help="parts of names of cases to leave out")
+    parser.add_argument("--output", type=Path, help="write the rows as JSON too")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure and print."""
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    torch.manual_seed(0)
+    config = replace(SIZES[options.size], image_size=(options.side, options.side))
+    tokenizer, images = AlitTokenizer(config).eval(), photographs(options.batch, options.side)
+    if options.case:
+        print(json.dumps(asdict(measure(options.case, options, tokenizer, images))))
+        return
+    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    found = ceilings(dtype)
+    names = [n for n in cases(tokenizer, images) if not any(part in n for part in options.skip)]
+    rows = [measure(name, options, tokenizer, images) for name in names if name not in OWN_PROCESS]
+    del tokenizer
+    rows += [in_own_process(name) for name in names if name in OWN_PROCESS]
+    after = ceilings(dtype)
+    print(f"{options.size}, {options.side} px, batch {options.batch}, {options.dtype}, {options.threads} threads")
+    for name in found:
+        print(f"ceiling, {name}: {found[name] / 1e9:.0f} GFLOP/s before, {after[name] / 1e9:.0f} after")
+    ceiling = max(found["matrix product 4096"], after["matrix product 4096"])
+    print(table(rows, ceiling))
+    if options.output:
+        options.output.write_text(json.dumps({"ceiling": ceiling, "rows": [asdict(row) for row in rows]}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
