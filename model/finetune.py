@@ -65,6 +65,13 @@ class FinetuneObjective(nn.Module):
         own = {name: p for name, p in self.named_parameters() if name.startswith("tokenizer.")}
         return {name: p for name, p in own.items() if p is not codebook and not name.startswith(unused)}
 
+    def prepare(self, images: Tensor, generator: torch.Generator) -> None:
+        """Nothing to prepare: finetuning starts from distilled weights."""
+
+    def resting(self, step: int) -> tuple[str, ...]:
+        """Nothing rests."""
+        return ()
+
     def forward(
         self,
         images: Tensor,
