@@ -77,7 +77,7 @@ def _code(scratch: Path) -> list[str]:
     """Copies of our packages without weights and caches."""
     root = SERVING.parent.parent
     for package in PACKAGES:
-        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors")
+        ignored = shutil.ignore_patterns("__pycache__", "*.safetensors", "*.png", "*.md")
         shutil.copytree(root / package, scratch / "code" / package, ignore=ignored)
     return [str(scratch / "code" / package) for package in PACKAGES]
 

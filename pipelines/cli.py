@@ -88,9 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     count.add_argument("--max-l1", type=float, metavar="X", help="the fewest tokens with a mean absolute error up to X")
     decode = add("decode", _decode, "Decode a token archive into PNG files.")
     _add_paths(decode, "a token archive")
-    imported = add(
-        "import-checkpoint", _import_checkpoint, "Read a checkpoint of the paper's own code."
-    )
+    imported = add("import-checkpoint", _import_checkpoint, "Read a checkpoint of the paper's own code.")
     imported.add_argument("file", help="a .pth or .safetensors file")
     imported.add_argument("--base", required=True, choices=["vqgan", "vae"], help="its base tokenizer")
     imported.add_argument("--size", default="alit_small", help="its size's name (default: alit_small)")

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from components.artifacts import Figures, folder_bytes, join, read_manifest
 from pipelines.dag import Pipeline, newest_manifest
@@ -40,14 +41,19 @@ def lines_of(record: RunRecord) -> Iterator[str]:
     yield from table(("stage", "state", "time", "figures"), [_row(stage) for stage in record.stages])
     for stage in record.stages:
         if stage.state == "failed":
-            yield f"\n{stage.name} failed: {stage.error}\n  log: {stage.log}"
+            yield f"\n{stage.name} failed: {stage.error}\n  log: {_from_here(stage.log)}"
     yield f"\n{record.pipeline} {record.state} in {clock(record.seconds)}"
-    yield f"artifacts   {record.workspace}"
-    yield f"MLflow run  {record.mlflow_run_id} in {record.mlflow_uri}"
+    yield f"artifacts   {_from_here(record.workspace)}"
+    yield f"MLflow run  {record.mlflow_run_id} in {_from_here(record.mlflow_uri)}"
     if record.mlflow_uri.startswith("sqlite"):
-        yield f"look        mlflow ui --backend-store-uri {shlex.quote(record.mlflow_uri)}"
+        yield f"look        mlflow ui --backend-store-uri {shlex.quote(_from_here(record.mlflow_uri))}"
     if record.state == "failed":
         yield "next        mend the cause and run the same command: finished stages are kept"
+
+
+def _from_here(place: str) -> str:
+    """A path or URI with the current folder left out of it, as a person would type it there."""
+    return place.replace(f"{Path.cwd()}/", "", 1)
 
 
 def _row(stage: StageRecord) -> tuple[str, str, str, str]:

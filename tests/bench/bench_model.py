@@ -267,9 +267,10 @@ def main() -> None:
     dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
     found = ceilings(dtype)
     names = [n for n in cases(tokenizer, images) if not any(part in n for part in options.skip)]
-    rows = [measure(name, options, tokenizer, images) for name in names if name not in OWN_PROCESS]
-    del tokenizer
-    rows += [in_own_process(name) for name in names if name in OWN_PROCESS]
+    rows = []
+    for name in names:
+        rows.append(in_own_process(name) if name in OWN_PROCESS else measure(name, options, tokenizer, images))
+        print(f"{name}: {rows[-1].seconds:.2f} s", file=sys.stderr, flush=True)
     after = ceilings(dtype)
     print(f"{options.size}, {options.side} px, batch {options.batch}, {options.dtype}, {options.threads} threads")
     for name in found:
