@@ -12,7 +12,7 @@ from tests.integration.conftest import ALIT, ROOT, SMALL, alit, environment, set
 
 pytestmark = pytest.mark.slow
 
-LONG = ("training.distill.further_steps=40", "training.checkpoint_every=5")
+LONG = ("training.distill.further_steps=30", "training.checkpoint_every=5", "training.eval_every=30")
 
 
 def run_until(line: str, arguments: list[str], log: Path, timeout_s: float = 300) -> subprocess.Popen[bytes]:
@@ -28,11 +28,15 @@ def run_until(line: str, arguments: list[str], log: Path, timeout_s: float = 300
 
 
 def test_kill_the_driver_in_the_middle_of_distill(tmp_path: Path) -> None:
-    arguments = ["demo", *settings(f"workspace={tmp_path}/w", *SMALL, *LONG)]
-    driver = run_until(r"distill +step 1[2-9]/40", arguments, tmp_path / "first.log")
+    """The next run skips what stands, goes on from the last checkpoint, and ends with the weights of an unbroken run.
+
+    Bitwise: each step follows from the seed and its number, and the checkpoint has all the rest.
+    """
+    arguments = ["demo", *settings(f"workspace={tmp_path}/broken", *SMALL, *LONG)]
+    driver = run_until(r"distill +step 1[2-9]/30", arguments, tmp_path / "first.log")
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    assert not list((tmp_path / "w" / "distill").glob("*/artifact.json"))
+    assert not list((tmp_path / "broken" / "distill").glob("*/artifact.json"))
 
     second = alit("run", *arguments)
     assert second.code == 0, second.out + second.err
@@ -40,19 +44,10 @@ def test_kill_the_driver_in_the_middle_of_distill(tmp_path: Path) -> None:
         assert re.search(rf"^{stage} +reused", second.out, re.MULTILINE), second.out
     resumed = re.search(r"distill +going on from step (\d+)", second.err)
     assert resumed and int(resumed[1]) >= 5, second.err
-    assert re.search(r"step 40/40", second.err)
     for stage in ("distill", "tokenize", "score", "select.reconstruction", "pack.reconstruction", "publish"):
-        assert len(list((tmp_path / "w" / stage).glob("*/artifact.json"))) == 1, stage
-    assert not (tmp_path / "w" / ".drafts").exists() or not list((tmp_path / "w" / ".drafts").iterdir())
+        assert len(list((tmp_path / "broken" / stage).glob("*/artifact.json"))) == 1, stage
+    assert not list((tmp_path / "broken").glob(".drafts/*"))
 
-
-def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
-    """Bitwise: each step follows from the seed and its number, and the checkpoint has all the rest."""
-    broken = ["demo", *settings(f"workspace={tmp_path}/broken", *SMALL, *LONG)]
-    driver = run_until(r"distill +step (9|1\d)/40", broken, tmp_path / "first.log")
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
-    assert alit("run", *broken, "--until", "distill").code == 0
     whole = ["demo", *settings(f"workspace={tmp_path}/whole", *SMALL, *LONG)]
     assert alit("run", *whole, "--until", "distill").code == 0
     weights = [next((tmp_path / name / "distill").glob("*/weights.safetensors")) for name in ("broken", "whole")]
@@ -61,7 +56,7 @@ def test_resumed_training_ends_with_the_same_weights(tmp_path: Path) -> None:
 
 def test_interrupt_stops_cleanly(tmp_path: Path) -> None:
     arguments = ["demo", *settings(f"workspace={tmp_path}/w", *SMALL, *LONG)]
-    driver = run_until(r"distill +step [5-9]/40", arguments, tmp_path / "log")
+    driver = run_until(r"distill +step [5-9]/30", arguments, tmp_path / "log")
     driver.send_signal(signal.SIGINT)
     assert driver.wait(timeout=60) == 128 + signal.SIGINT
     assert re.search(r"^distill +cancelled", (tmp_path / "log").read_text(), re.MULTILINE)
