@@ -1,6 +1,7 @@
 """The command line: ``alit``. Exit codes: 0 done, 1 a stage failed, 2 the config or the arguments are wrong."""
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -91,7 +92,9 @@ def _parser() -> argparse.ArgumentParser:
     imported = add("import-checkpoint", _import_checkpoint, "Read a checkpoint of the paper's own code.")
     imported.add_argument("file", help="a .pth or .safetensors file")
     imported.add_argument("--base", required=True, choices=["vqgan", "vae"], help="its base tokenizer")
-    imported.add_argument("--size", default="alit_small", help="its size's name (default: alit_small)")
+    size = imported.add_mutually_exclusive_group()
+    size.add_argument("--size", default="alit_small", help="its size's name (default: alit_small)")
+    size.add_argument("--config", metavar="JSON", help="a file with the paper's own argument names, for another size")
     imported.add_argument("--output", required=True, help="a folder; made if missing")
     return parser
 
@@ -223,13 +226,17 @@ def _decode(options: argparse.Namespace) -> int:
 def _import_checkpoint(options: argparse.Namespace) -> int:
     from model.official import load_official
 
-    if not Path(options.file).is_file():
-        raise ConfigError(f"{options.file!r}: no such file; a .pth or .safetensors file is needed")
+    for file in (options.file, *([options.config] if options.config else [])):
+        if not Path(file).is_file():
+            raise ConfigError(f"{file!r}: no such file")
     with _user_errors():
-        tokenizer = load_official(options.file, options.size, base=options.base)
+        config = json.loads(Path(options.config).read_text()) if options.config else options.size
+        tokenizer = load_official(options.file, config, base=options.base)
+    if tokenizer.config.base.kind != options.base:
+        raise ConfigError(f"--base {options.base!r}: {options.config} says {tokenizer.config.base.kind!r}")
     tokenizer.save(options.output)
     millions = sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6
-    _out.info("%s, %s base, %.1f M parameters -> %s", options.size, options.base, millions, options.output)
+    _out.info("%s base, %.1f M parameters -> %s", options.base, millions, options.output)
     return 0
 
 
