@@ -76,7 +76,7 @@ class _Scorer:
             for budget in self._tokenizer.budgets:
                 part = codes[:, start : start + budget * per_token]
                 tokens = part if config.codebook_size else part.reshape(len(part), budget, per_token)
-                restored = self._tokenizer.decode(TokenBatch.from_list(list(tokens), config.codebook_size))
+                restored = self._tokenizer.decode(TokenBatch.from_numpy(list(tokens), config.codebook_size))
                 for name, values in scores.items():
                     values.append(METRICS[name](originals, restored).cpu().numpy())
                 start += budget * per_token

@@ -107,7 +107,7 @@ class AlitTokenizer(nn.Module):
         rule = FixedTokens(rule) if isinstance(rule, int) else rule
         rollout = self.rollout(images)
         if not len(images):
-            return TokenBatch.from_list([], self.config.codebook_size)
+            return TokenBatch.from_numpy([], self.config.codebook_size)
         if isinstance(rule, FixedTokens):
             blank = np.zeros((len(images), len(self.budgets)))
             return self._gathered(rollout, next(rollout), rule.select(blank, self.budgets).column)
@@ -128,7 +128,7 @@ class AlitTokenizer(nn.Module):
                     tokens[row] = values
                 rows = rows[~done]
                 if not len(rows):
-                    return TokenBatch.from_list(tokens, self.config.codebook_size)
+                    return TokenBatch.from_numpy(tokens, self.config.codebook_size)
                 rollout.keep(_index(np.flatnonzero(~done), step.hidden))
             step = next(rollout)
 
@@ -151,7 +151,7 @@ class AlitTokenizer(nn.Module):
                 rollout.keep(_index(going_on, images))
                 rows, images = rows[going_on], images[_index(going_on, images)]
         chosen = rule.select(values, self.budgets).column
-        return TokenBatch.from_list(
+        return TokenBatch.from_numpy(
             [steps[k] for steps, k in zip(tokens, chosen, strict=True)], self.config.codebook_size
         )
 

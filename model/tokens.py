@@ -49,7 +49,7 @@ class TokenBatch:
             raise ValueError(f"token id {int(self.values.max())}: the codebook has {self.codebook_size} entries")
 
     @classmethod
-    def from_list(cls, images: Sequence[NDArray[Any]], codebook_size: int | None) -> "TokenBatch":
+    def from_numpy(cls, images: Sequence[NDArray[Any]], codebook_size: int | None) -> "TokenBatch":
         """From one array of tokens an image: integers [L], or floats [L, D] (float16 stays, else float32).
 
         Raises ValueError when an id is outside the codebook.

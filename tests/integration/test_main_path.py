@@ -63,7 +63,7 @@ def test_the_archive_decodes_to_what_was_scored(finished: Workspace) -> None:
     counts = table(finished, "select.reconstruction")
     assert archive["image_id"] == images["image_id"] == counts["image_id"]
     assert [len(ids) for ids in archive["token_ids"]] == archive["num_tokens"] == counts["num_tokens"]
-    tokens = TokenBatch.from_list([np.array(ids) for ids in archive["token_ids"]], tokenizer.config.codebook_size)
+    tokens = TokenBatch.from_numpy([np.array(ids) for ids in archive["token_ids"]], tokenizer.config.codebook_size)
     errors = l1(to_float(torch.from_numpy(stack(images["image"]))), tokenizer.decode(tokens))
     assert errors.tolist() == counts["value"]
 

@@ -97,7 +97,7 @@ def test_mixed_lengths_decode_in_order(small, photographs):
     decoded = tokenizer.decode(tokens)
     assert counted.decoder == counted.base_decode == 6
     for single, image in zip(tokens, decoded, strict=True):
-        alone = tokenizer.decode(TokenBatch.from_list([single], tokenizer.config.codebook_size))
+        alone = tokenizer.decode(TokenBatch.from_numpy([single], tokenizer.config.codebook_size))
         assert torch.equal(alone[0], image)
 
 
@@ -186,8 +186,8 @@ def test_what_decode_refuses(small, photographs):
     with pytest.raises(ValueError, match="codebook_size None"):
         tokenizer.decode(small("continuous").encode(photographs(1, (32, 32)), 4))
     with pytest.raises(ValueError, match="allowed is 1 to 16"):
-        tokenizer.decode(TokenBatch.from_list([np.zeros(17, dtype=np.int64)], 64))
-    assert tokenizer.decode(TokenBatch.from_list([], 64)).shape == (0, 3, 32, 32)
+        tokenizer.decode(TokenBatch.from_numpy([np.zeros(17, dtype=np.int64)], 64))
+    assert tokenizer.decode(TokenBatch.from_numpy([], 64)).shape == (0, 3, 32, 32)
 
 
 def test_half_precision_latents_decode(small, photographs):

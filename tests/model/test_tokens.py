@@ -15,7 +15,7 @@ ragged_ids = st.lists(st.lists(st.integers(0, 999), max_size=9), max_size=6)
 @given(ragged_ids)
 def test_ids_round_trip_through_numpy_and_arrow(images):
     arrays = [np.array(image, dtype=np.int64) for image in images]
-    batch = TokenBatch.from_list(arrays, 1000)
+    batch = TokenBatch.from_numpy(arrays, 1000)
     assert batch.values.dtype == np.uint16
     assert batch.num_tokens.tolist() == [len(image) for image in images] and len(batch) == len(images)
     for number, (image, found) in enumerate(zip(images, batch.to_numpy(), strict=True)):
@@ -32,7 +32,7 @@ def test_ids_round_trip_through_numpy_and_arrow(images):
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_latents_round_trip(dtype):
     images = [np.arange(6, dtype=dtype).reshape(2, 3), np.zeros((0, 3), dtype), np.ones((1, 3), dtype)]
-    batch = TokenBatch.from_list(images, None)
+    batch = TokenBatch.from_numpy(images, None)
     assert batch.values.dtype == dtype
     assert batch.bits.tolist() == [n * 3 * 8 * np.dtype(dtype).itemsize for n in (2, 0, 1)]
     again = TokenBatch.from_arrow(batch.to_arrow(), None, latent_dim=3)
@@ -47,16 +47,16 @@ def test_latents_round_trip(dtype):
 )
 def test_bits_and_types(size, bits, dtype):
     assert id_type(size) == np.dtype(dtype)
-    batch = TokenBatch.from_list([np.array([0, size - 1]), np.array([1])], size)
+    batch = TokenBatch.from_numpy([np.array([0, size - 1]), np.array([1])], size)
     assert batch.bits.tolist() == [2 * bits, bits]
     assert int(batch.values[1]) == size - 1
 
 
 def test_what_is_refused():
     with pytest.raises(ValueError, match="token ids -1 to 3"):
-        TokenBatch.from_list([np.array([-1, 3])], 8)
+        TokenBatch.from_numpy([np.array([-1, 3])], 8)
     with pytest.raises(ValueError, match="token ids 0 to 8: allowed is 0 to 7"):
-        TokenBatch.from_list([np.array([0, 8])], 8)
+        TokenBatch.from_numpy([np.array([0, 8])], 8)
     with pytest.raises(ValueError, match="sums to 2"):
         TokenBatch(np.zeros(3, np.uint8), np.array([2]), 8)
     with pytest.raises(ValueError, match="300"):
@@ -69,5 +69,5 @@ def test_what_is_refused():
 
 def test_empty():
     for size in (16, None):
-        batch = TokenBatch.from_list([], size)
+        batch = TokenBatch.from_numpy([], size)
         assert len(batch) == 0 and list(batch) == [] and batch.bits.tolist() == []
