@@ -51,7 +51,7 @@ def publish(
     for target in (tracker, tracker.parent):
         target.metrics(_final_metrics(scores, counts))
     for task, chosen in counts.items():
-        tracker.table(_rows(chosen, scores), f"counts_{task}")
+        tracker.table(_rows(chosen), f"counts_{task}")
     tracker.table(_budget_table(scores), "budgets")
     first = next(iter(counts.values()))
     for row, picture in enumerate(_pictures(images, tokenizer, first, config.pictures)):
@@ -76,7 +76,7 @@ def _budget_table(scores: ScoreTable) -> dict[str, list[Any]]:
     return {"num_tokens": budgets, **{metric: [figures[f"{metric}@{b}"] for b in budgets] for metric in metrics}}
 
 
-def _rows(counts: TokenCounts, scores: ScoreTable) -> dict[str, list[Any]]:
+def _rows(counts: TokenCounts) -> dict[str, list[Any]]:
     """The first rows of a TokenCounts table."""
     batch = next(read_batches(counts.table_uri, batch_rows=TABLE_ROWS))
     return pa.Table.from_batches([batch]).to_pydict()

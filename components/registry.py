@@ -18,7 +18,7 @@ from model.starter import STARTER
 
 SERVING = Path(__file__).with_name("serving.py")
 PACKAGES = ("model", "components")  # what serving.py imports, at the version that made the weights
-REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pillow", "pandas")
+REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pillow", "pandas", "pydantic")
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,13 @@ import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
+from components.config import RuleConfig
 from components.images import prepare, to_float
-from model import AlitTokenizer, Best, MeanTokens, Threshold, Within
+from components.rules import build_rule
+from model import AlitTokenizer
 
 MAX_PIXELS = 100_000_000
 BATCH = 32
-RULES = {"threshold": Threshold, "within": Within, "best": Best, "mean_tokens": MeanTokens}
 
 
 class AlitModel(PythonModel):
@@ -63,8 +64,7 @@ class AlitModel(PythonModel):
             return self.tokenizer.budgets[-1]
         if name not in self.rules:
             raise ValueError(f"rule = {name!r}: allowed are {[*self.rules, 'most']}")
-        settings = {key: value for key, value in self.rules[name].items() if value is not None}
-        return RULES[settings.pop("kind")](**settings)
+        return build_rule(RuleConfig.model_validate(self.rules[name]))
 
 
 def _png(image: torch.Tensor) -> str:
