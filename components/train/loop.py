@@ -1,7 +1,7 @@
 """The loop that every training worker runs.
 
 Everything random in a step follows from (seed, step, rank), so a checkpoint needs no generator state: weights, their
-moving average, the optimizer and the number of steps done are the whole of a run.
+moving average, the optimizer, what was seen of the codes and the number of steps done are the whole of a run.
 """
 
 import math
@@ -126,17 +126,27 @@ class Learner:
         due = every and self.steps_done % every == 0
         if health is None or not due or self.steps_done > self.run.num_steps / 2:
             return
-        if self.place.world > 1:
-            dist.all_reduce(health.counts)
+        self.pool_counts()
         if self.place.leads:
             health.revive(step_generator(train.seed, self.steps_done, 0))
         health.reset()
         if self.place.world > 1:
             dist.broadcast(health.codebook.weight.data, src=0)
 
+    def pool_counts(self) -> None:
+        """Bring what all ranks counted of the codes to rank 0; every rank calls this."""
+        health = self.objective.health
+        if health is None or self.place.world == 1:
+            return
+        dist.all_reduce(health.counts)
+        if not self.place.leads:
+            health.reset()
+
     def state(self) -> dict[str, Any]:
         """Everything, as tensors and plain values."""
+        health = self.objective.health
         return {
+            "health": None if health is None else health.state_dict(),
             "steps_done": self.steps_done,
             "weights": {name: p.detach() for name, p in self.trainable.items()},
             "average": self.average.values,
@@ -151,6 +161,8 @@ class Learner:
         self.average.values = {name: value.clone() for name, value in state["average"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.metrics = dict(state["metrics"])
+        if self.place.leads and state["health"] is not None:
+            self.objective.health.load_state_dict(state["health"])
 
 
 def step_generator(seed: int, step: int, rank: int) -> torch.Generator:
@@ -180,6 +192,7 @@ def train_loop(loop_config: dict[str, TrainRun]) -> None:
     batches = _batches(run, place, learner.steps_done)
     if checkpoint is None and run.resources.start is None:
         learner.prepare(batches.at(0))
+    unseen = held_out(run.images, run.config.train.eval_images) if place.leads else None
     journal = Journal(run, learner)
     while learner.steps_done < run.num_steps:
         images = batches.at(learner.steps_done)
@@ -187,8 +200,8 @@ def train_loop(loop_config: dict[str, TrainRun]) -> None:
         loss, norm = learner.step(images)
         journal.stepped(loss, norm)
         step, last = learner.steps_done, learner.steps_done == run.num_steps
-        if place.leads and (last or step % run.resources.eval_every == 0):
-            journal.evaluated(evaluate(run, learner))
+        if unseen is not None and (last or step % run.resources.eval_every == 0):
+            journal.evaluated(evaluate(learner, unseen))
         if last or step % run.resources.checkpoint_every == 0:
             report(learner)
 
@@ -203,14 +216,13 @@ def _batches(run: TrainRun, place: Place, first_step: int) -> Batches:
 
 
 @torch.no_grad()
-def evaluate(run: TrainRun, learner: Learner) -> dict[str, float]:
-    """Held-out figures of the averaged weights."""
-    images = held_out(run.images, run.config.train.eval_images).to(learner.place.device)
+def evaluate(learner: Learner, images: Tensor) -> dict[str, float]:
+    """Figures of the averaged weights on held-out uint8 images [n, 3, H, W]; none for no images."""
     if not len(images):
         return {}
     learner.objective.eval()
     with learner.average.swapped_in():
-        values = RECIPES[run.recipe].evaluate(learner.objective, images)
+        values = RECIPES[learner.run.recipe].evaluate(learner.objective, images.to(learner.place.device))
     learner.objective.train()
     return values
 
@@ -220,6 +232,7 @@ def report(learner: Learner) -> None:
     import ray.train
 
     name = f"step-{learner.steps_done:08d}"
+    learner.pool_counts()
     if not learner.place.leads:
         ray.train.report(learner.metrics, checkpoint=None, checkpoint_dir_name=name)
         return

@@ -1,6 +1,5 @@
 """The stages that train: what they read, how Ray Train is asked, what they leave."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +7,6 @@ import pyarrow.compute as pc
 
 from components.artifacts import Artifact, BaseTokenizer, Figures, ImageSet, Job, read_batches
 from components.config import BaseStageConfig, DistillStageConfig, TrainResources
-
-# How often Ray Train looks at its workers: report() waits for the next look (RAY.md section 2).
-HEALTH_CHECK_S = "0.5"
 
 
 def train_base(job: Job, *, config: BaseStageConfig, resources: TrainResources, images: ImageSet) -> Figures:
@@ -63,12 +59,14 @@ def _count_train(images: ImageSet) -> int:
 
 def _take_over(job: Job, run: Any) -> Figures:
     """No steps were asked for: the given weights are the result."""
+    from components.train.data import held_out
     from components.train.loop import Learner, Place, evaluate
     from components.train.recipes import RECIPES
 
     learner = Learner(run, Place(rank=0, world=1))
     RECIPES[run.recipe].save(learner.objective, run.config, job.output)
-    return {name.removeprefix("val/"): value for name, value in evaluate(run, learner).items()}
+    figures = evaluate(learner, held_out(run.images, run.config.train.eval_images))
+    return {name.removeprefix("val/"): value for name, value in figures.items()}
 
 
 def _fit(job: Job, run: Any) -> Figures:
@@ -78,7 +76,6 @@ def _fit(job: Job, run: Any) -> Figures:
     from components.train.data import SHARD, train_dataset
     from components.train.loop import train_loop
 
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", HEALTH_CHECK_S)
     resources: TrainResources = run.resources
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:

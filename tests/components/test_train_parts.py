@@ -101,7 +101,7 @@ def test_recolour_keeps_shape_range_and_its_share() -> None:
 
 
 def test_a_checkpoint_holds_all_that_a_step_needs(tmp_path: Any) -> None:
-    """Three steps, saved, read back and three more are the same as six; what rests is not touched."""
+    """Three steps, saved, read back and three more, dead codes revived among them, are the same as six."""
     from components.artifacts import ImageSet
     from components.config import BaseStageConfig, TrainResources
     from model.config import BaseObjectiveConfig
@@ -110,8 +110,8 @@ def test_a_checkpoint_holds_all_that_a_step_needs(tmp_path: Any) -> None:
     config = BaseStageConfig(
         image_size=64,
         base=base,
-        objective=BaseObjectiveConfig(revive_every=2),
-        train=TrainConfig(steps=6, batch_size=4, recolour=0.5),
+        objective=BaseObjectiveConfig(revive_every=4),
+        train=TrainConfig(steps=12, batch_size=4, recolour=0.5),
     )
     run = TrainRun("base", config, TrainResources(), ImageSet("", ""), {}, True, {}, print)
     images = torch.randint(0, 256, (6, 4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
