@@ -1,6 +1,7 @@
 """The rules of model/selection.py by their config."""
 
 from components.config import RuleConfig
+from components.task_config import TaskConfig
 from model.selection import Best, MeanTokens, Rule, Threshold, Within
 
 
@@ -26,3 +27,8 @@ def describe(config: RuleConfig) -> str:
     if config.kind == "mean_tokens":
         return f"least {config.metric} at {config.mean} tokens a mean image"
     return f"best {config.metric}"
+
+
+def column(task: TaskConfig, metric: str) -> str:
+    """The column of a ScoreTable that holds ``task``'s ``metric``: ``<task>.<metric>``, of pixels the bare name."""
+    return f"{task.name}.{metric}" if task.kind != "reconstruction" and metric in task.metrics else metric

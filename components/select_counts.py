@@ -8,9 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.artifacts import COUNTS_SCHEMA, Figures, Job, ScoreTable, filesystem, join, read_json
-from components.config import NoConfig, RuleConfig, TaskConfig
+from components.config import NoConfig, RuleConfig
 from components.mapping import part_names
 from components.rules import build_rule, describe
+from components.task_config import TaskConfig
 from model.selection import Selection
 
 

@@ -5,8 +5,9 @@ import uuid
 from collections.abc import Iterator, Mapping
 
 from components.artifacts import Draft, Job, Manifest, ScoreTable, TokenCounts, join, read_manifest
-from components.config import NoConfig, RuleConfig, TaskConfig
+from components.config import NoConfig, RuleConfig
 from components.select_counts import select
+from components.task_config import TaskConfig
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Stage
 from pipelines.lock import hold
