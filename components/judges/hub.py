@@ -86,7 +86,9 @@ def _torchvision(name: str, answer: Answer, folder: str | None, given: JudgeInpu
     with safe_open(Path(folder) / FILE, "pt") as file:
         helped = any(key.startswith("aux_classifier") for key in file.keys())  # noqa: SIM118
     bare = {"weights_backbone": None} if answer == "segments" else {}
-    return _filled(models.get_model(name, weights=None, **bare, **({"aux_loss": True} if helped else {})), folder, given)
+    return _filled(
+        models.get_model(name, weights=None, **bare, **({"aux_loss": True} if helped else {})), folder, given
+    )
 
 
 def _read_torchvision(network: Any, images: "Tensor", answer: Answer) -> "dict[str, Tensor]":

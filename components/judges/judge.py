@@ -58,9 +58,11 @@ class Judge(ABC):
 
     def to(self, device: str) -> None:
         """Move to ``device``, "cpu" or "cuda"; by default nothing moves."""
+        return None
 
     def save(self, folder: str) -> None:
         """Write what it takes to build it again into ``folder``; by default nothing."""
+        return None
 
 
 def ask(judge: Judge, images: "Tensor") -> "dict[str, Tensor]":

@@ -94,7 +94,9 @@ def open_judge(folder: str, device: str = "cpu") -> Judge:
     record = JudgeRecord.read(folder)
     found = _digest(record.spec, folder)
     if found != record.digest:
-        raise ValueError(f"judge {record.spec!r} in {folder}: its digest is {found[:12]}, recorded {record.digest[:12]}")
+        raise ValueError(
+            f"judge {record.spec!r} in {folder}: its digest is {found[:12]}, recorded {record.digest[:12]}"
+        )
     options = JudgeOptions.model_validate(record.options)
     judge = _build(record.spec, options, record.answers[0], folder, record.input)
     judge.input, judge.classes = record.input, record.classes
@@ -102,9 +104,7 @@ def open_judge(folder: str, device: str = "cpu") -> Judge:
     return judge
 
 
-def _build(
-    spec: str, options: JudgeOptions, answer: Answer, folder: str | None, given: JudgeInput | None
-) -> Judge:
+def _build(spec: str, options: JudgeOptions, answer: Answer, folder: str | None, given: JudgeInput | None) -> Judge:
     """From the files in ``folder``, or, where that is None, from its origin."""
     kind, _, place = spec.partition(":")
     if kind == "efficientnet-lite0":

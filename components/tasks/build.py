@@ -1,6 +1,8 @@
 """The task that a config names."""
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from components.judges.record import JudgeRecord
 from components.plugins import load_class
@@ -10,6 +12,9 @@ from components.tasks.depth import Depth
 from components.tasks.features import Features, Retrieval
 from components.tasks.segmentation import Segmentation
 from components.tasks.task import Task
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def build_task(kind: str, judge: str | None) -> Task:
@@ -32,8 +37,6 @@ def build_task(kind: str, judge: str | None) -> Task:
 
 def read_gallery(folder: str) -> tuple[list[str], "Tensor"]:
     """Ids and embeddings of the gallery that a Judge artifact keeps."""
-    import json
-
     from safetensors.torch import load_file
 
     ids = json.loads(Path(folder, "gallery.json").read_text())
