@@ -12,21 +12,22 @@ from components.config import (
     IngestResources,
     IngestStageConfig,
     NoConfig,
-    ScoreStageConfig,
-    TaskConfig,
 )
 from components.sources import open_source
+from components.task_config import TaskConfig
 from components.tracking import DataSet
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
+from pipelines.judging import inference_demand, judging_stages, tokenizer_stage
 from pipelines.runner import RunOptions
 
 
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
-    stages = [_ingest(config), _base(config), _distill(config), _tokenize(config), _score(config)]
+    stages = [_ingest(config), _base(config), _distill(config), _tokenize(config)]
+    stages += judging_stages(config)
     for task in config.tasks:
-        stages += [select_stage(task), _pack(task)]
+        stages += [select_stage(task), _pack(config, task)]
     return Pipeline("train", (*stages, _publish(config)))
 
 
@@ -126,17 +127,6 @@ def _training_demand(config: RunConfig) -> Demand:
     )
 
 
-def _inference_demand(config: RunConfig) -> Demand:
-    inference = config.inference
-    return Demand(
-        cpus=inference.actors * inference.cpus_per_actor,
-        gpus=inference.actors * inference.gpus_per_actor,
-        workers=inference.actors,
-        unit="actor",
-        setting="inference",
-    )
-
-
 def _tokenize(config: RunConfig) -> Stage:
     return Stage(
         "tokenize",
@@ -144,24 +134,9 @@ def _tokenize(config: RunConfig) -> Stage:
         produces="CodeBook",
         config=NoConfig(),
         resources=config.inference,
-        needs={"images": "ingest", "tokenizer": "distill"},
-        demand=_inference_demand(config),
+        needs={"images": "ingest", "tokenizer": tokenizer_stage(config)},
+        demand=inference_demand(config),
         headline=("images", "tokens"),
-    )
-
-
-def _score(config: RunConfig) -> Stage:
-    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
-    metrics = tuple(dict.fromkeys(metric for task in config.tasks for metric in task.metrics))
-    return Stage(
-        "score",
-        run="components.score:score",
-        produces="ScoreTable",
-        config=ScoreStageConfig(metrics=metrics),
-        resources=config.inference,
-        needs={"images": "ingest", "codes": "tokenize", "tokenizer": "distill"},
-        demand=_inference_demand(config),
-        headline=tuple(f"{metrics[0]}@{budget}" for budget in (smallest, largest)),
     )
 
 
@@ -178,14 +153,14 @@ def select_stage(task: TaskConfig) -> Stage:
     )
 
 
-def _pack(task: TaskConfig) -> Stage:
+def _pack(config: RunConfig, task: TaskConfig) -> Stage:
     return Stage(
         f"pack.{task.name}",
         run="components.pack:pack",
         produces="TokenArchive",
         config=NoConfig(),
         resources=NoConfig(),
-        needs={"codes": "tokenize", "counts": f"select.{task.name}", "tokenizer": "distill"},
+        needs={"codes": "tokenize", "counts": f"select.{task.name}", "tokenizer": tokenizer_stage(config)},
         headline=("tokens", "mean_bits"),
     )
 
@@ -199,6 +174,12 @@ def _publish(config: RunConfig) -> Stage:
         produces="Publication",
         config=config.publish,
         resources=NoConfig(),
-        needs={"images": "ingest", "tokenizer": "distill", "scores": "score", **by_task, **archives},
+        needs={
+            "images": "ingest",
+            "tokenizer": tokenizer_stage(config),
+            "scores": "score",
+            **by_task,
+            **archives,
+        },
         headline=("model", "version"),
     )

@@ -95,7 +95,7 @@ def _sample(images: ImageSet, target: Target, limit: int) -> tuple[pa.Table, str
     for batch in read_batches(images.table_uri, columns=["image_id", "split", "image", target], batch_rows=1024):
         rows = pa.Table.from_batches([batch])
         rows = rows.filter(pc.is_valid(rows[target]))
-        for split in kept:
+        for split in ("val", "train"):
             found = rows.filter(pc.equal(rows["split"], split))
             counts[split] += len(found)
             kept[split] = smallest_ids(kept[split], found, limit)

@@ -15,6 +15,7 @@ from components.artifacts import Judge, filesystem, join, read_json, read_manife
 from components.plugins import source_digest
 from components.task_config import TASK_KINDS, ScoreStageConfig
 from model.selection import LARGER_IS_BETTER
+from model.weights import perceptual_weights
 
 VERSION = "1"  # raise it when a metric of this software gives other values
 METRICS = "metrics.json"
@@ -46,8 +47,6 @@ def wanted_columns(config: ScoreStageConfig, inputs: Mapping[str, str], judges: 
 
 
 def _perceptual(config: ScoreStageConfig) -> dict[str, Any]:
-    from model.weights import perceptual_weights
-
     path = perceptual_weights(config.perceptual)
     digest = hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
     return {**asdict(config.perceptual), "weights": digest}
