@@ -8,6 +8,7 @@ from typing import Any
 from components.config import (
     BaseStageConfig,
     DistillStageConfig,
+    FinetuneStageConfig,
     IngestConfig,
     IngestResources,
     IngestStageConfig,
@@ -24,9 +25,9 @@ from pipelines.runner import RunOptions
 
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
-    stages = [_ingest(config), _base(config), _distill(config), _tokenize(config), _score(config)]
+    stages = [_ingest(config), _base(config), _distill(config), *_finetune(config), _tokenize(config), _score(config)]
     for task in config.tasks:
-        stages += [select_stage(task), _pack(task)]
+        stages += [select_stage(task), _pack(task, _tokenizer_stage(config))]
     return Pipeline("train", (*stages, _publish(config)))
 
 
@@ -73,6 +74,7 @@ def _base(config: RunConfig) -> Stage:
         "base",
         run="components.train:train_base",
         produces="BaseTokenizer",
+        version="2",
         config=BaseStageConfig(
             image_size=config.data.image_size,
             base=config.tokenizer.base,
@@ -94,7 +96,9 @@ def _distill(config: RunConfig) -> Stage:
         "distill",
         run="components.train:distill",
         produces="Tokenizer",
+        version="2",
         config=DistillStageConfig(
+            image_size=config.data.image_size,
             tokenizer=config.tokenizer,
             objective=training.distill_objective,
             train=training.distill.config(training.start_folder),
@@ -107,6 +111,34 @@ def _distill(config: RunConfig) -> Stage:
     )
 
 
+def _finetune(config: RunConfig) -> list[Stage]:
+    training, section = config.training, config.training.finetune
+    if section is None:
+        return []
+    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
+    stage = Stage(
+        "finetune",
+        run="components.train:finetune",
+        produces="Tokenizer",
+        config=FinetuneStageConfig(
+            image_size=config.data.image_size,
+            objective=training.finetune_objective,
+            train=section.config(training.start_folder),
+            discriminator=section.discriminator or section.optimizer,
+        ),
+        resources=training.resources(),
+        needs={"images": "ingest", "distilled": "distill"},
+        demand=_training_demand(config),
+        headline=("steps", f"perceptual@{smallest}", f"perceptual@{largest}"),
+    )
+    return [stage]
+
+
+def _tokenizer_stage(config: RunConfig) -> str:
+    """The stage whose Tokenizer is the result of training."""
+    return "distill" if config.training.finetune is None else "finetune"
+
+
 def _start(folder: str | None) -> dict[str, Any]:
     """The weights that training goes on from, by their content."""
     if folder is None:
@@ -116,11 +148,12 @@ def _start(folder: str | None) -> dict[str, Any]:
 
 def _training_demand(config: RunConfig) -> Demand:
     training = config.training
+    least = training.worker_range.min  # an elastic group begins with so many, and grows where there is room
     return Demand(
-        cpus=training.workers * training.cpus_per_worker,
-        gpus=training.workers * training.gpus_per_worker,
+        cpus=least * training.cpus_per_worker,
+        gpus=least * training.gpus_per_worker,
         data_cpus=1,
-        workers=training.workers,
+        workers=least,
         setting="training",
     )
 
@@ -143,7 +176,7 @@ def _tokenize(config: RunConfig) -> Stage:
         produces="CodeBook",
         config=NoConfig(),
         resources=config.inference,
-        needs={"images": "ingest", "tokenizer": "distill"},
+        needs={"images": "ingest", "tokenizer": _tokenizer_stage(config)},
         demand=_inference_demand(config),
         headline=("images", "tokens"),
     )
@@ -158,7 +191,7 @@ def _score(config: RunConfig) -> Stage:
         produces="ScoreTable",
         config=ScoreStageConfig(metrics=metrics),
         resources=config.inference,
-        needs={"images": "ingest", "codes": "tokenize", "tokenizer": "distill"},
+        needs={"images": "ingest", "codes": "tokenize", "tokenizer": _tokenizer_stage(config)},
         demand=_inference_demand(config),
         headline=tuple(f"{metrics[0]}@{budget}" for budget in (smallest, largest)),
     )
@@ -177,14 +210,14 @@ def select_stage(task: TaskConfig) -> Stage:
     )
 
 
-def _pack(task: TaskConfig) -> Stage:
+def _pack(task: TaskConfig, tokenizer: str) -> Stage:
     return Stage(
         f"pack.{task.name}",
         run="components.pack:pack",
         produces="TokenArchive",
         config=NoConfig(),
         resources=NoConfig(),
-        needs={"codes": "tokenize", "counts": f"select.{task.name}", "tokenizer": "distill"},
+        needs={"codes": "tokenize", "counts": f"select.{task.name}", "tokenizer": tokenizer},
         headline=("tokens", "mean_bits"),
     )
 
@@ -198,6 +231,12 @@ def _publish(config: RunConfig) -> Stage:
         produces="Publication",
         config=config.publish,
         resources=NoConfig(),
-        needs={"images": "ingest", "tokenizer": "distill", "scores": "score", **by_task, **archives},
+        needs={
+            "images": "ingest",
+            "tokenizer": _tokenizer_stage(config),
+            "scores": "score",
+            **by_task,
+            **archives,
+        },
         headline=("model", "version"),
     )
