@@ -8,6 +8,7 @@ from typing import Any
 from components.config import (
     BaseStageConfig,
     DistillStageConfig,
+    FinetuneStageConfig,
     IngestConfig,
     IngestResources,
     IngestStageConfig,
@@ -24,7 +25,7 @@ from pipelines.runner import RunOptions
 
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
-    stages = [_ingest(config), _base(config), _distill(config), _tokenize(config)]
+    stages = [_ingest(config), _base(config), _distill(config), *_finetune(config), _tokenize(config)]
     stages += judging_stages(config)
     for task in config.tasks:
         stages += [select_stage(task), _pack(config, task)]
@@ -75,6 +76,7 @@ def _base(config: RunConfig) -> Stage:
         "base",
         run="components.train:train_base",
         produces="BaseTokenizer",
+        version="2",
         config=BaseStageConfig(
             image_size=config.data.image_size,
             base=config.tokenizer.base,
@@ -96,7 +98,9 @@ def _distill(config: RunConfig) -> Stage:
         "distill",
         run="components.train:distill",
         produces="Tokenizer",
+        version="2",
         config=DistillStageConfig(
+            image_size=config.data.image_size,
             tokenizer=config.tokenizer,
             objective=training.distill_objective,
             train=training.distill.config(training.start_folder),
@@ -109,6 +113,29 @@ def _distill(config: RunConfig) -> Stage:
     )
 
 
+def _finetune(config: RunConfig) -> list[Stage]:
+    training, section = config.training, config.training.finetune
+    if section is None:
+        return []
+    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
+    stage = Stage(
+        "finetune",
+        run="components.train:finetune",
+        produces="Tokenizer",
+        config=FinetuneStageConfig(
+            image_size=config.data.image_size,
+            objective=training.finetune_objective,
+            train=section.config(training.start_folder),
+            discriminator=section.discriminator or section.optimizer,
+        ),
+        resources=training.resources(),
+        needs={"images": "ingest", "distilled": "distill"},
+        demand=_training_demand(config),
+        headline=("steps", f"perceptual@{smallest}", f"perceptual@{largest}"),
+    )
+    return [stage]
+
+
 def _start(folder: str | None) -> dict[str, Any]:
     """The weights that training goes on from, by their content."""
     if folder is None:
@@ -118,11 +145,12 @@ def _start(folder: str | None) -> dict[str, Any]:
 
 def _training_demand(config: RunConfig) -> Demand:
     training = config.training
+    least = training.worker_range.min  # an elastic group begins with so many, and grows where there is room
     return Demand(
-        cpus=training.workers * training.cpus_per_worker,
-        gpus=training.workers * training.gpus_per_worker,
+        cpus=least * training.cpus_per_worker,
+        gpus=least * training.gpus_per_worker,
         data_cpus=1,
-        workers=training.workers,
+        workers=least,
         setting="training",
     )
 
