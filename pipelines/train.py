@@ -19,7 +19,8 @@ from components.task_config import TaskConfig
 from components.tracking import DataSet
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
-from pipelines.judging import inference_demand, judging_stages, tokenizer_stage
+from pipelines.demands import inference_demand, tokenizer_stage, training_demand
+from pipelines.judging import judging_stages
 from pipelines.runner import RunOptions
 
 
@@ -86,7 +87,7 @@ def _base(config: RunConfig) -> Stage:
         resources=training.resources(),
         needs={"images": "ingest"},
         fingerprint=_start(training.start_folder),
-        demand=_training_demand(config),
+        demand=training_demand(config),
         headline=("steps", "l1"),
     )
 
@@ -108,7 +109,7 @@ def _distill(config: RunConfig) -> Stage:
         resources=training.resources(),
         needs={"images": "ingest", "base": "base"},
         fingerprint=_start(training.start_folder),
-        demand=_training_demand(config),
+        demand=training_demand(config),
         headline=("steps", f"l1@{smallest}", f"l1@{largest}"),
     )
 
@@ -130,7 +131,7 @@ def _finetune(config: RunConfig) -> list[Stage]:
         ),
         resources=training.resources(),
         needs={"images": "ingest", "distilled": "distill"},
-        demand=_training_demand(config),
+        demand=training_demand(config),
         headline=("steps", f"perceptual@{smallest}", f"perceptual@{largest}"),
     )
     return [stage]
@@ -141,18 +142,6 @@ def _start(folder: str | None) -> dict[str, Any]:
     if folder is None:
         return {}
     return {"start": hashlib.sha256((Path(folder) / "weights.safetensors").read_bytes()).hexdigest()}
-
-
-def _training_demand(config: RunConfig) -> Demand:
-    training = config.training
-    least = training.worker_range.min  # an elastic group begins with so many, and grows where there is room
-    return Demand(
-        cpus=least * training.cpus_per_worker,
-        gpus=least * training.gpus_per_worker,
-        data_cpus=1,
-        workers=least,
-        setting="training",
-    )
 
 
 def _tokenize(config: RunConfig) -> Stage:

@@ -4,7 +4,7 @@ Legend: B images a step over all workers, b = this worker's share of them, N ima
 """
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from components.artifacts import ImageSet, filesystem
 from components.images import Share, stack
 from components.mapping import part_names
+from components.targets import decode_targets
 
 if TYPE_CHECKING:
     import ray.data
@@ -40,26 +41,64 @@ class Batches(Protocol):
         ...
 
 
-def count_train(images: ImageSet) -> dict[str, int]:
-    """How many images of the train split each file of the table has; only that column is read."""
+@dataclass(frozen=True)
+class Targets:
+    """The target columns that a training learns from: images without them are left out.
+
+    ``labels``: the classes of the label column in order, whose numbers come instead.
+    """
+
+    columns: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+    def train_rows(self, table: Any) -> Any:
+        """Which rows of an ImageSet's table are trained on."""
+        wanted = pc.equal(table["split"], "train")
+        for name in self.columns:
+            wanted = pc.and_(wanted, pc.is_valid(table[name]))
+        return wanted
+
+
+NO_TARGETS = Targets()
+
+
+def count_train(images: ImageSet, targets: Targets = NO_TARGETS) -> dict[str, int]:
+    """How many images each file of the table has to train on; only the columns that say so are read."""
     counts = {}
-    for name, table in _tables(images, ["split"]):
-        counts[name] = int(pc.sum(pc.equal(table["split"], "train")).as_py() or 0)
+    for name, table in _tables(images, ["split", *targets.columns]):
+        counts[name] = int(pc.sum(targets.train_rows(table)).as_py() or 0)
     return counts
 
 
-def train_dataset(images: ImageSet, columns: Sequence[str]) -> "ray.data.Dataset":
-    """The train split as a lazy Ray dataset: image_id, image (uint8 [3, H, W]) and the target ``columns``."""
+def labels_of(images: ImageSet) -> tuple[str, ...]:
+    """The labels of the train split, sorted."""
+    found: set[str] = set()
+    for _, table in _tables(images, ["split", "label"]):
+        found |= set(pc.unique(table["label"].filter(pc.equal(table["split"], "train"))).to_pylist())
+    return tuple(sorted(label for label in found if label is not None))
+
+
+def train_dataset(images: ImageSet, targets: Targets) -> "ray.data.Dataset":
+    """The train split as a lazy Ray dataset: image_id, image (uint8 [3, H, W]) and the ``targets``."""
     import ray.data
+    from ray.data.expressions import col
 
     store, path = filesystem(images.table_uri)
-    rows = ray.data.read_parquet(path, filesystem=store, columns=["image_id", "split", "image", *columns])
-    return rows.filter(expr="split == 'train'").map_batches(decode, batch_format="pyarrow")
+    rows = ray.data.read_parquet(path, filesystem=store, columns=["image_id", "split", "image", *targets.columns])
+    wanted = col("split") == "train"
+    for name in targets.columns:
+        wanted &= col(name).is_not_null()
+    return rows.filter(expr=wanted).map_batches(decode, fn_args=(targets,), batch_format="pyarrow")
 
 
-def decode(table: Any) -> dict[str, Any]:
-    """Rows of an ImageSet as arrays."""
-    return {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist())}
+def decode(table: Any, targets: Targets = NO_TARGETS) -> dict[str, Any]:
+    """Rows of an ImageSet as arrays; label as the number of its class, -1 for one that is none."""
+    columns = {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist())}
+    columns |= decode_targets(table, targets.columns)
+    if "label" in columns:
+        numbers = {label: number for number, label in enumerate(targets.labels)}
+        columns["label"] = np.array([numbers.get(label, -1) for label in columns["label"]], dtype=np.int64)
+    return columns
 
 
 def held_out(images: ImageSet, limit: int, share: Share | None = None) -> Batch:

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
 from components.artifacts import filesystem
-from components.train.data import decode
+from components.train.data import Targets, decode
 
 if TYPE_CHECKING:
     import ray.data
@@ -45,8 +44,8 @@ class EpochOrder:
     """The plan of a training on ``world`` workers; raises ValueError where the batch can't be shared evenly."""
 
     table_uri: str
-    counts: Mapping[str, int]  # file -> images of the train split in it
-    columns: tuple[str, ...]  # target columns beside the image
+    counts: Mapping[str, int]  # file -> images to train on in it
+    targets: Targets
     batch: int
     image_bytes: int  # of one decoded image
     seed: int
@@ -102,9 +101,9 @@ class EpochOrder:
         store, folder = filesystem(self.table_uri)
         tables = []
         for name, first, last in self.rows(part):
-            columns = ["image_id", "split", "image", *self.columns]
+            columns = ["image_id", "split", "image", *self.targets.columns]
             table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=columns)
-            tables.append(table.filter(pc.equal(table["split"], "train"))[first:last])
+            tables.append(table.filter(self.targets.train_rows(table))[first:last])
         whole = pa.concat_tables(tables)
         return whole.take(np.random.default_rng(part.seed).permutation(len(whole)))
 
@@ -159,7 +158,7 @@ class InOrder(DataConfig):
         for name in datasets:
             epochs = Epochs(self._order.on(world_size), self._first_step())
             rows = ray.data.read_datasource(epochs, override_num_blocks=1)  # more would cut parts in pieces
-            images = rows.map_batches(decode, batch_format="pyarrow", batch_size=None)
+            images = rows.map_batches(decode, fn_args=(self._order.targets,), batch_format="pyarrow", batch_size=None)
             options = self._resolve_execution_options(name)
             options.preserve_order = True
             images.context.execution_options = options

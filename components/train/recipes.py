@@ -23,6 +23,10 @@ from components.config import (
     StageTraining,
 )
 from components.images import to_float
+from components.judges.efficientnet import SIZE_PX
+from components.judges.probe import Probe, ProbeConfig, ProbeObjective
+from components.task_config import JudgeStageConfig
+from components.train.data import NO_TARGETS, Targets
 from model import AlitTokenizer
 from model.base import build_base
 from model.base.files import load_base, save_base
@@ -38,6 +42,11 @@ def no_rivals(_: Any) -> dict[str, OptimizerConfig]:
     return {}
 
 
+def no_targets(_: Any) -> Targets:
+    """Images are all there is to learn from."""
+    return NO_TARGETS
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The places where stages differ."""
@@ -51,6 +60,7 @@ class Recipe:
     )
     rivals: Callable[[Any], dict[str, OptimizerConfig]] = no_rivals  # stage config -> the other players' optimizers
     goes_on: bool = False  # begins with trained weights, so their figures are worth knowing
+    targets: Callable[[Any], Targets] = no_targets  # stage config -> what of the images' source is learned from
     crops: bool = True  # random resized crop and mirroring, the paper's augmentation
 
 
@@ -87,6 +97,18 @@ def build_finetune_objective(
     return FinetuneObjective(tokenizer.train(), config.objective)
 
 
+def build_probe_objective(
+    config: JudgeStageConfig, inputs: Mapping[str, Artifact], start: str | None
+) -> ProbeObjective:
+    """A fresh head on the frozen backbone."""
+    options, target = config.options, config.target
+    assert target is not None
+    outputs = {"label": len(config.labels), "depth": 1, "mask": options.num_classes or 0}[target]
+    classes = tuple((label,) for label in config.labels)
+    made = Probe.fresh(ProbeConfig(target, outputs, options.size or SIZE_PX, classes))
+    return ProbeObjective(made.train(), options.ignore)
+
+
 def evaluate_base(objective: BaseObjective, images: Tensor) -> dict[str, float]:
     """L1 and PSNR through the base's own bottleneck."""
     sums = {"l1": 0.0, "psnr": 0.0}
@@ -111,6 +133,11 @@ def evaluate_tokenizer(objective: DistillObjective | FinetuneObjective, images: 
             for name, distance in distances.items():
                 sums[f"{name}@{step.num_tokens}"] += distance(pixels, restored).sum().item()
     return dict(sums)
+
+
+def evaluate_probe(objective: ProbeObjective, images: Tensor) -> dict[str, float]:
+    """Nothing: it takes targets, and the stage tries the finished judge."""
+    return {}
 
 
 def draw_base(objective: BaseObjective, images: Tensor) -> list[np.ndarray]:
@@ -141,6 +168,11 @@ def save_tokenizer(objective: DistillObjective | FinetuneObjective, config: Stag
     objective.tokenizer.save(folder)
 
 
+def save_probe(objective: ProbeObjective, config: JudgeStageConfig, folder: str) -> None:
+    """What the stage of the judge goes on with."""
+    objective.probe.save(folder)
+
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "base": Recipe(build_base_objective, evaluate_base, save_base_tokenizer, "l1", draw_base),
@@ -153,6 +185,14 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             draw_tokenizer,
             rivals=lambda config: {"discriminator": config.discriminator},
             goes_on=True,
+        ),
+        "probe": Recipe(
+            build_probe_objective,
+            evaluate_probe,
+            save_probe,
+            "loss",
+            targets=lambda config: Targets((config.target,), config.labels),
+            crops=False,
         ),
     }
 )

@@ -51,16 +51,20 @@ def train(
     from components.train.data import count_train
     from components.train.learner import TrainRun
     from components.train.order import EpochOrder
+    from components.train.recipes import RECIPES
 
     images = inputs["images"]
     assert isinstance(images, ImageSet)
-    counts, batch = count_train(images), config.train.batch_size
+    targets = RECIPES[recipe].targets(config)
+    counts, batch = count_train(images, targets), config.train.batch_size
     number, image_bytes = sum(counts.values()), 3 * config.image_size**2
     if number < batch:
-        raise ValueError(f"training.{recipe}.batch_size = {batch}: the train split has only {number} images")
+        raise ValueError(
+            f"training.{recipe}.batch_size = {batch}: the train split has only {number} images{_with(targets.columns)}"
+        )
     order = None
     if number * image_bytes > resources.cache_mb * 2**20:
-        order = EpochOrder(images.table_uri, counts, (), batch, image_bytes, config.train.seed)
+        order = EpochOrder(images.table_uri, counts, targets, batch, image_bytes, config.train.seed)
         for world in range(resources.worker_range.min, resources.worker_range.max + 1):
             order.on(world)  # says what doesn't fit before workers start
     run = TrainRun(
@@ -79,6 +83,10 @@ def train(
         return figures | _take_over(job, run)
     _fit(job, run)
     return figures | _save(job, run)
+
+
+def _with(columns: tuple[str, ...]) -> str:
+    return f" with {' and '.join(columns)}" if columns else ""
 
 
 def _take_over(job: Job, run: "TrainRun") -> Figures:
@@ -102,6 +110,7 @@ def _fit(job: Job, run: "TrainRun") -> None:
     from components.train.data import SHARD, train_dataset
     from components.train.loop import train_loop
     from components.train.order import InOrder
+    from components.train.recipes import RECIPES
 
     resources = run.resources
     per_worker = {"CPU": resources.cpus_per_worker}
@@ -112,7 +121,7 @@ def _fit(job: Job, run: "TrainRun") -> None:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"run": run},
-        datasets={SHARD: train_dataset(run.images, ())},
+        datasets={SHARD: train_dataset(run.images, RECIPES[run.recipe].targets(run.config))},
         dataset_config=DataConfig(datasets_to_split=[]) if run.order is None else InOrder(run.order, first_step),
         torch_config=TorchConfig(timeout_s=int(resources.stall_s)),
         scaling_config=ScalingConfig(
