@@ -13,8 +13,11 @@ from components.config import (
     InferenceResources,
     IngestConfig,
     IngestResources,
+    MatrixConfig,
     MlflowSettings,
+    PackConfig,
     PublishConfig,
+    QualityConfig,
     RaySettings,
     Settings,
     TaskConfig,
@@ -89,6 +92,9 @@ class RunConfig(Settings):
     training: TrainingSection
     inference: InferenceResources = InferenceResources()
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    pack: PackConfig = PackConfig()
+    quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults
+    matrix: MatrixConfig | None = MatrixConfig()
     publish: PublishConfig = PublishConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()

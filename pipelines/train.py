@@ -13,21 +13,19 @@ from components.config import (
     IngestStageConfig,
     NoConfig,
     ScoreStageConfig,
-    TaskConfig,
 )
 from components.sources import open_source
 from components.tracking import DataSet
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
 from pipelines.runner import RunOptions
+from pipelines.selection import inference_demand, stages_from_scores, tokenizer_stage
 
 
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
     stages = [_ingest(config), _base(config), _distill(config), _tokenize(config), _score(config)]
-    for task in config.tasks:
-        stages += [select_stage(task), _pack(task)]
-    return Pipeline("train", (*stages, _publish(config)))
+    return Pipeline("train", (*stages, *stages_from_scores(config)))
 
 
 def options_of(
@@ -125,17 +123,6 @@ def _training_demand(config: RunConfig) -> Demand:
     )
 
 
-def _inference_demand(config: RunConfig) -> Demand:
-    inference = config.inference
-    return Demand(
-        cpus=inference.actors * inference.cpus_per_actor,
-        gpus=inference.actors * inference.gpus_per_actor,
-        workers=inference.actors,
-        unit="actor",
-        setting="inference",
-    )
-
-
 def _tokenize(config: RunConfig) -> Stage:
     return Stage(
         "tokenize",
@@ -143,8 +130,8 @@ def _tokenize(config: RunConfig) -> Stage:
         produces="CodeBook",
         config=NoConfig(),
         resources=config.inference,
-        needs={"images": "ingest", "tokenizer": "distill"},
-        demand=_inference_demand(config),
+        needs={"images": "ingest", "tokenizer": tokenizer_stage(config)},
+        demand=inference_demand(config),
         headline=("images", "tokens"),
     )
 
@@ -158,46 +145,7 @@ def _score(config: RunConfig) -> Stage:
         produces="ScoreTable",
         config=ScoreStageConfig(metrics=metrics),
         resources=config.inference,
-        needs={"images": "ingest", "codes": "tokenize", "tokenizer": "distill"},
-        demand=_inference_demand(config),
+        needs={"images": "ingest", "codes": "tokenize", "tokenizer": tokenizer_stage(config)},
+        demand=inference_demand(config),
         headline=tuple(f"{metrics[0]}@{budget}" for budget in (smallest, largest)),
-    )
-
-
-def select_stage(task: TaskConfig) -> Stage:
-    """The stage that chooses counts for ``task``."""
-    return Stage(
-        f"select.{task.name}",
-        run="components.select_counts:select",
-        produces="TokenCounts",
-        config=task,
-        resources=NoConfig(),
-        needs={"scores": "score"},
-        headline=("mean_tokens", "satisfied", "counts_used"),
-    )
-
-
-def _pack(task: TaskConfig) -> Stage:
-    return Stage(
-        f"pack.{task.name}",
-        run="components.pack:pack",
-        produces="TokenArchive",
-        config=NoConfig(),
-        resources=NoConfig(),
-        needs={"codes": "tokenize", "counts": f"select.{task.name}", "tokenizer": "distill"},
-        headline=("tokens", "mean_bits"),
-    )
-
-
-def _publish(config: RunConfig) -> Stage:
-    by_task = {f"counts_{task.name}": f"select.{task.name}" for task in config.tasks}
-    archives = {f"archive_{task.name}": f"pack.{task.name}" for task in config.tasks}
-    return Stage(
-        "publish",
-        run="components.publish:publish",
-        produces="Publication",
-        config=config.publish,
-        resources=NoConfig(),
-        needs={"images": "ingest", "tokenizer": "distill", "scores": "score", **by_task, **archives},
-        headline=("model", "version"),
     )
