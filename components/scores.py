@@ -42,7 +42,7 @@ def score_files(scores: ScoreTable, columns: list[str]) -> Iterator[tuple[str, p
             missing = set(columns) - set(file.schema_arrow.names)
             if missing:
                 raise ValueError(f"{scores.uri}: no scores {sorted(missing)}, there are {file.schema_arrow.names}")
-            yield name, file.read(columns=columns)
+            yield name, file.read(columns=columns, use_threads=False)
 
 
 def values_of(table: pa.Table, column: str, num_budgets: int) -> np.ndarray:
