@@ -83,11 +83,7 @@ def matrix(
     mean_tokens = settings.mean_tokens or max(read.budgets[-1] / 2, read.budgets[0])
     criteria = list(dict.fromkeys([*config.criteria.values(), *(name for name in read.losses if "." not in name)]))
     cells = [cell for name in criteria for cell in _judged(read, name, mean_tokens, settings.resamples, settings.seed)]
-    across = [
-        cell
-        for task in config.criteria
-        for cell in _across(read, task, config.criteria, settings.resamples, settings.seed)
-    ]
+    across = [cell for task in read.counts for cell in _across(read, task, config)]
     best = {task: _verdict(cells, column) for task, column in config.criteria.items()}
     own = sum(verdict["own_is_best"] for verdict in best.values())
     sentence = _sentence(best, mean_tokens)
@@ -150,13 +146,13 @@ def _judged(read: _Scores, criterion: str, mean_tokens: float, resamples: int, s
     return [cells[name] for name in read.losses if name in cells]
 
 
-def _across(read: _Scores, task: str, criteria: Mapping[str, str], resamples: int, seed: int) -> list[Cell]:
+def _across(read: _Scores, task: str, config: MatrixStageConfig) -> list[Cell]:
     """Every task's metric at the counts that ``task``'s own rule chose, whatever their mean."""
     found = []
-    for column in dict.fromkeys(criteria.values()):
+    for column in dict.fromkeys(config.criteria.values()):
         rows = np.isfinite(read.losses[column]).all(axis=1)
         if rows.any():
-            choice = _Choice(rows, read.counts[task][rows], 0.0, resamples, seed)
+            choice = _Choice(rows, read.counts[task][rows], 0.0, config.settings.resamples, config.settings.seed)
             found += _cells(read, task, [column], choice)
     return found
 

@@ -15,7 +15,7 @@ from components.artifacts import IMAGES_SCHEMA, MANIFEST, CodeBook, ImageSet, Jo
 from components.config import DataConfig
 from components.images import encode_png, image_id, prepare, stack, to_float
 from components.sources import open_source
-from model import AlitTokenizer
+from model import AlitTokenizer, TokenBatch
 from model.metrics import METRICS
 from model.starter import STARTER
 from model.tokens import id_type
@@ -58,7 +58,7 @@ def photographs(crops: int) -> Photographs:
     with torch.inference_mode():
         for step in tokenizer.rollout(images):
             codes.append(step.codes.numpy().astype(id_type(tokenizer.config.codebook_size)))
-            restored = step.images.clamp(0, 1)
+            restored = tokenizer.decode(TokenBatch.from_numpy(list(codes[-1]), tokenizer.config.codebook_size))
             for name, values in scores.items():
                 values.append(METRICS[name](images, restored).numpy())
     table = {name: np.stack(values, axis=1) for name, values in scores.items()}
