@@ -31,7 +31,7 @@ class Settings(BaseModel):
 class DataConfig(Settings):
     """Where the images are and what becomes of them before a model sees them."""
 
-    source: str  # "demo" or a folder
+    source: str  # "demo", a folder, or a .csv or .jsonl manifest
     image_size: PositiveInt = 256  # px; the short side is resized to it, the centre is kept
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of images in the val split where the source names none
     limit: PositiveInt | None = None  # the first so many files of the listing
@@ -130,15 +130,6 @@ class InferenceResources(Settings):
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
 
 
-Metric = Literal["l1", "mse", "psnr"]
-
-
-class ScoreStageConfig(Settings):
-    """What is measured at each budget."""
-
-    metrics: tuple[Metric, ...]
-
-
 class LengthConfig(Settings):
     """How the head of a predicted length is trained (model/predicted.py)."""
 
@@ -155,7 +146,7 @@ class RuleConfig(Settings):
     """One of the rules of model/selection.py; ``predicted`` is the threshold on what a trained head predicts."""
 
     kind: Literal["threshold", "within", "best", "mean_tokens", "fixed", "predicted"]
-    metric: Metric
+    metric: str  # of the task, by its short name, or a metric of pixels
     max: float | None = None
     min: float | None = None
     ratio: PositiveFloat | None = None
@@ -180,23 +171,6 @@ class RuleConfig(Settings):
             raise ValueError(f"a {self.kind!r} rule takes {wanted}, it was given {sorted(given) or 'none'}")
         if self.length is not None and self.kind != "predicted":
             raise ValueError(f"length = {self.length!r}: only a 'predicted' rule has one, this is {self.kind!r}")
-        return self
-
-
-class TaskConfig(Settings):
-    """A task: what is measured at each budget and the rule that picks one."""
-
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    judge: Literal["none"] = "none"
-    metrics: tuple[Metric, ...] = ("l1", "mse", "psnr")
-    rule: RuleConfig
-    rules: tuple[RuleConfig, ...] = ()  # select reports these beside it
-
-    @model_validator(mode="after")
-    def _rule_metric_is_measured(self) -> "TaskConfig":
-        for rule in (self.rule, *self.rules):
-            if rule.metric not in self.metrics:
-                raise ValueError(f"rule.metric {rule.metric!r} is not among this task's metrics {list(self.metrics)}")
         return self
 
 

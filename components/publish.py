@@ -21,7 +21,7 @@ from components.artifacts import (
     write_json,
 )
 from components.config import NoConfig, PublishConfig
-from components.images import stack, to_float
+from components.images import stack, to_float, to_uint8
 from components.registry import ModelVersion, register_tokenizer
 from components.tracking import Tracker
 
@@ -70,10 +70,9 @@ def _final_metrics(scores: ScoreTable, counts: Mapping[str, TokenCounts]) -> dic
 
 
 def _budget_table(scores: ScoreTable) -> dict[str, list[Any]]:
-    """One row a budget, one column a metric: means over the held-out images."""
-    budgets, figures = read_json(join(scores.uri, "budgets.json")), scores.manifest.counts
-    metrics = list(dict.fromkeys(name.split("@")[0] for name in figures if "@" in name))
-    return {"num_tokens": budgets, **{metric: [figures[f"{metric}@{b}"] for b in budgets] for metric in metrics}}
+    """One row a metric and budget: mean, median, 5th and 95th percentile, count, missing over the held-out images."""
+    rows = read_json(join(scores.uri, "summary.json"))["rows"]
+    return {name: [row[name] for row in rows] for name in rows[0]}
 
 
 def _rows(counts: TokenCounts) -> dict[str, list[Any]]:
@@ -119,14 +118,14 @@ def _strip(model: "AlitTokenizer", png: bytes, num_tokens: int) -> np.ndarray:
 
     pixels = to_float(torch.from_numpy(stack([png])))
     with torch.inference_mode():
-        steps = [(step.num_tokens, step.images.clamp(0, 1)) for step in model.rollout(pixels)]
+        steps = [(step.num_tokens, step.images) for step in model.rollout(pixels)]
     tiles = [_framed(pixels, chosen=False)] + [_framed(image, chosen=budget == num_tokens) for budget, image in steps]
     return np.concatenate(tiles, axis=1)
 
 
 def _framed(image: Any, *, chosen: bool) -> np.ndarray:
     """float [1, 3, H, W] as uint8 [H, W, 3] with a margin that tells whether this budget was chosen."""
-    tile = (image[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    (tile,) = to_uint8(image)
     height, width, _ = tile.shape
     framed = np.full((height + 2 * GAP_PX, width + 2 * GAP_PX, 3), CHOSEN if chosen else WHITE, dtype=np.uint8)
     framed[GAP_PX:-GAP_PX, GAP_PX:-GAP_PX] = tile
@@ -140,8 +139,14 @@ def _register(
     images: ImageSet,
     counts: Mapping[str, TokenCounts],
 ) -> ModelVersion:
-    """The tokenizer as a new version of ``config.model_name``, with each task's rule beside the weights."""
+    """The tokenizer as a new version of ``config.model_name``, with the tasks' rules beside the weights.
+
+    Only rules that the tokenizer can apply by itself: those of a judge's metric need the judge, and stored scores.
+    """
+    from model.metrics import METRICS
+
     example = next(read_batches(images.table_uri, columns=["image"], batch_rows=1))["image"][0].as_py()
-    rules = {task: chosen.manifest.config["rule"] for task, chosen in counts.items()}
+    configs = {task: chosen.manifest.config["rule"] for task, chosen in counts.items()}
+    rules = {task: rule for task, rule in configs.items() if rule["metric"] in METRICS}
     with local_folder(tokenizer.uri) as folder:
         return register_tokenizer(tracker, folder, name=config.model_name, rules=rules, example_png=example)

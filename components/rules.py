@@ -3,19 +3,14 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.config import RuleConfig, TaskConfig
+from components.config import RuleConfig
+from components.task_config import TaskConfig
 from model.selection import Best, FixedTokens, MeanTokens, Rule, Threshold, Within
 
 if TYPE_CHECKING:
     from model.predicted import PredictedThreshold
 
-PIXEL_METRICS = frozenset({"l1", "mse", "psnr", "ssim", "ms_ssim", "perceptual"})  # shared by all tasks
 HEADS = "heads"  # folder of a published model with a LengthHead for each task whose rule predicts
-
-
-def column(task: TaskConfig, metric: str) -> str:
-    """The column of the score table that holds ``metric`` of ``task``."""
-    return metric if metric in PIXEL_METRICS else f"{task.name}.{metric}"
 
 
 def build_rule(config: RuleConfig, *, larger_is_better: bool | None = None) -> Rule:
@@ -65,3 +60,8 @@ def describe(config: RuleConfig) -> str:
     if config.kind == "fixed":
         return f"{config.num_tokens} tokens"
     return f"best {config.metric}"
+
+
+def column(task: TaskConfig, metric: str) -> str:
+    """The column of a ScoreTable that holds ``task``'s ``metric``: ``<task>.<metric>``, of pixels the bare name."""
+    return f"{task.name}.{metric}" if task.kind != "reconstruction" and metric in task.metrics else metric

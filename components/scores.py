@@ -9,9 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.artifacts import ScoreTable, exists, filesystem, join, read_json
+from components.artifacts import ScoreTable, filesystem, join, read_json
 from components.mapping import part_names
-from model.selection import LARGER_IS_BETTER
 
 METRICS = "metrics.json"
 
@@ -22,15 +21,8 @@ def budgets_of(scores: ScoreTable) -> list[int]:
 
 
 def larger_is_better(scores: ScoreTable) -> dict[str, bool]:
-    """Whether more is better, for every metric column of the table, in the table's order."""
-    store, folder = filesystem(scores.table_uri)
-    with store.open_input_file(f"{folder}/{part_names(scores.table_uri)[0]}") as stream:
-        columns = [field.name for field in pq.read_schema(stream) if pa.types.is_list(field.type)]
-    told = read_json(join(scores.uri, METRICS)) if exists(join(scores.uri, METRICS)) else {}
-    return {
-        name: told[name]["direction"] == "higher" if name in told else name.rpartition(".")[2] in LARGER_IS_BETTER
-        for name in columns
-    }
+    """Whether more is better, for every metric column of the table."""
+    return {name: metric["direction"] == "higher" for name, metric in read_json(join(scores.uri, METRICS)).items()}
 
 
 def score_files(scores: ScoreTable, columns: list[str]) -> Iterator[tuple[str, pa.Table]]:

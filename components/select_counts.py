@@ -15,10 +15,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from components.artifacts import COUNTS_SCHEMA, Figures, Job, LengthModel, ScoreTable, filesystem, join, write_json
-from components.config import NoConfig, RuleConfig, TaskConfig
+from components.config import NoConfig, RuleConfig
 from components.rules import build_rule, column, describe, searched
 from components.scores import budgets_of, larger_is_better, score_files, values_of, whole_column
-from model.selection import Selection
+from components.task_config import TaskConfig
+from model.selection import Rule, Selection
 
 HOW = (
     "value: mean of the rule's metric at the chosen counts. fixed_tokens: the one count for all images that has the "
@@ -83,12 +84,19 @@ def _chooser(scores: ScoreTable, rule: RuleConfig, name: str, lengths: LengthMod
         return _Predicted(rule, budgets, lengths)
     built = build_rule(rule, larger_is_better=larger_is_better(scores)[name])
     if rule.kind != "mean_tokens":
-        return lambda part: _missing_get_the_most(part.values, built.select(part.values, budgets), budgets)
-    values = whole_column(scores, name)
+        return lambda part: _completed(part.values, built.select(part.values, budgets), budgets)
+    whole = _over_all(built, whole_column(scores, name), budgets)
+    return lambda part: _completed(part.values, _rows(whole, part.rows), budgets)
+
+
+def _over_all(rule: Rule, values: np.ndarray, budgets: list[int]) -> Selection:
+    """The choice for all images at once; those without a value take no part in it."""
     present = ~np.isnan(values).all(axis=1)
-    chosen = _scattered(built.select(values[present], budgets), present)
-    whole = _missing_get_the_most(values, chosen, budgets)
-    return lambda part: _rows(whole, part.rows)
+    chosen = rule.select(values[present], budgets)
+    column, satisfied = np.zeros(len(values), dtype=np.int64), np.zeros(len(values), dtype=bool)
+    column[present], satisfied[present] = chosen.column, chosen.satisfied
+    tokens, value = np.asarray(budgets)[column], values[np.arange(len(values)), column]
+    return Selection(column, tokens, value, satisfied, chosen.gap_bound)
 
 
 @dataclass(frozen=True)
@@ -108,33 +116,22 @@ class _Predicted:
         value = part.values[np.arange(len(at)), at]
         satisfied = threshold.settled(value[:, None])
         chosen = Selection(at, np.asarray(self.budgets)[at], value, satisfied)
-        return _missing_get_the_most(part.values, chosen, self.budgets)
+        return _completed(part.values, chosen, self.budgets)
 
 
-def _rows(selection: Selection, rows: slice) -> Selection:
-    parts = (selection.column, selection.num_tokens, selection.value, selection.satisfied)
-    return Selection(*(part[rows] for part in parts), selection.gap_bound)
+def _rows(chosen: Selection, rows: slice) -> Selection:
+    column, tokens = chosen.column[rows], chosen.num_tokens[rows]
+    return Selection(column, tokens, chosen.value[rows], chosen.satisfied[rows], chosen.gap_bound)
 
 
-def _scattered(selection: Selection, present: np.ndarray) -> Selection:
-    """The selection of the rows that are ``present``, at their places among all."""
-    value = np.full(len(present), np.nan, dtype=np.float32)
-    parts = [np.zeros(len(present), dtype=np.int64), np.zeros(len(present), dtype=np.int64), value]
-    parts.append(np.zeros(len(present), dtype=bool))
-    chosen = (selection.column, selection.num_tokens, selection.value, selection.satisfied)
-    for target, source in zip(parts, chosen, strict=True):
-        target[present] = source
-    return Selection(*parts, selection.gap_bound)
-
-
-def _missing_get_the_most(values: np.ndarray, chosen: Selection, budgets: Sequence[int]) -> Selection:
+def _completed(values: np.ndarray, chosen: Selection, budgets: Sequence[int]) -> Selection:
     """Rows without any value at the most tokens, unsatisfied: what can't be measured must lose nothing."""
     missing = np.isnan(values).all(axis=1)
     return replace(
         chosen,
         column=np.where(missing, len(budgets) - 1, chosen.column),
         num_tokens=np.where(missing, budgets[-1], chosen.num_tokens),
-        satisfied=chosen.satisfied & ~np.isnan(chosen.value) & ~missing,
+        satisfied=chosen.satisfied & ~np.isnan(chosen.value),
     )
 
 

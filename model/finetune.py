@@ -1,8 +1,7 @@
 """Finetuning of the whole tokenizer against a discriminator (paper section 4, stage 2; ALIT.md section 8)."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -10,24 +9,22 @@ from torch import Tensor, nn
 
 from model.discriminator import PatchDiscriminator
 from model.losses import adaptive_weight, hinge_discriminator, hinge_generator, lecam_penalty, r1_penalty
-from model.objectives import Loss, Term, latent_health, sampled_rollouts, unused_parameters
+from model.objectives import MODEL_TURN, Loss, Objective, Term, Turn, latent_health, sampled_rollouts, unused_parameters
 from model.perceptual import build_perceptual
 from model.recipes import FinetuneConfig
 from model.rollout import RolloutStep
 from model.tokenizer import AlitTokenizer
 
-Player = Literal["model", "discriminator"]
 LECAM_DECAY = 0.99
 
 
-class FinetuneObjective(nn.Module):
+class FinetuneObjective(Objective):
     """Photographs through the tokenizer, base included, against a discriminator: two players, each a turn a step.
 
-    A training step is, for each of :meth:`players`, a call, backward, clip and step of that player's own optimizer.
     The discriminator's turn takes ``made`` of the model's loss, so that nothing is reconstructed twice::
 
-        loss = objective(images, generator, step=step)
-        loss = objective(images, generator, player="discriminator", step=step, made=loss.made)
+        loss = objective(images, generator, Turn(step=step))
+        loss = objective(images, generator, Turn("discriminator", step, loss.made))
 
     Only the player's :meth:`trainable` parameters receive gradients in its turn (the authors' generator steps move the
     discriminators too, and come once in nine steps: ALIT.md BUG 3 and 4).
@@ -49,13 +46,12 @@ class FinetuneObjective(nn.Module):
         self.register_buffer("lecam_means", torch.zeros(number, 2))  # running means of real and fake logits
         self.perceptual = build_perceptual(config.perceptual)
         self.health = latent_health(tokenizer)
-        self.average: Callable[[Tensor], Tensor] = _same
 
-    def players(self, step: int) -> tuple[Player, ...]:
-        """Who has a turn at ``step``, in order."""
+    def players(self, step: int) -> tuple[str, ...]:
+        """The model, then the discriminator once it learns."""
         return ("model", "discriminator") if self.config.discriminator_learns(step) else ("model",)
 
-    def trainable(self, player: Player = "model") -> dict[str, nn.Parameter]:
+    def trainable(self, player: str = "model") -> dict[str, nn.Parameter]:
         """A player's parameters by name; the model's are all of the tokenizer but a VQGAN's codebook (as the paper)."""
         if player == "discriminator":
             return {name: p for name, p in self.named_parameters() if name.startswith("discriminators.")}
@@ -65,30 +61,16 @@ class FinetuneObjective(nn.Module):
         own = {name: p for name, p in self.named_parameters() if name.startswith("tokenizer.")}
         return {name: p for name, p in own.items() if p is not codebook and not name.startswith(unused)}
 
-    def prepare(self, images: Tensor, generator: torch.Generator) -> None:
-        """Nothing to prepare: finetuning starts from distilled weights."""
-
-    def resting(self, step: int) -> tuple[str, ...]:
-        """Nothing rests."""
-        return ()
-
-    def forward(
-        self,
-        images: Tensor,
-        generator: torch.Generator,
-        *,
-        player: Player = "model",
-        step: int = 0,
-        made: Mapping[int, Tensor] | None = None,
-    ) -> Loss:
+    def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:
         """Loss of one player's turn on images [B, 3, H, W] in [0, 1]: a mean over the rollouts drawn.
 
-        ``generator`` draws the rollouts and the halting. ``made``: reconstructions by rollout for the discriminator's
-        turn; None makes them anew.
+        ``generator`` draws the rollouts and the halting. ``turn.made``: reconstructions by rollout for the
+        discriminator's turn; None makes them anew.
         """
-        if player == "model":
-            return self._model_turn(images, generator, self.config.adversarial_weight(step))
-        return self._discriminator_turn(images, self._make(images, generator) if made is None else made)
+        if turn.player == "model":
+            return self._model_turn(images, generator, self.config.adversarial_weight(turn.step))
+        made = self._make(images, generator) if turn.made is None else turn.made
+        return self._discriminator_turn(images, made)
 
     def _rollouts(self, images: Tensor, generator: torch.Generator) -> Iterator[tuple[int, RolloutStep]]:
         return sampled_rollouts(self.tokenizer, images, self.config.sampled_rollouts, generator)
@@ -169,10 +151,6 @@ def _frozen(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter in parameters:
             parameter.requires_grad_(True)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _loss(total: Tensor, parts: Mapping[str, Tensor], num_tokens: int) -> Loss:

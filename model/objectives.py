@@ -3,7 +3,8 @@
 Legend: B batch, G grid tokens, K codebook entries.
 """
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -34,6 +35,60 @@ class Loss:
     total: Tensor
     terms: tuple[Term, ...]
     made: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Whose move a call of an objective is, and what it may use.
+
+    ``made``: reconstructions by rollout, from the player that moved before in this step. ``targets``: what the images'
+    source says of them, by name (label, depth, mask), for objectives that learn from it.
+    """
+
+    player: str = "model"
+    step: int = 0
+    made: Mapping[int, Tensor] | None = None
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+MODEL_TURN = Turn()
+
+
+class Objective(nn.Module, ABC):
+    """What a training stage minimises. Usually one player, the model; a game has more, each with its own optimizer.
+
+    A training step is, for each of :meth:`players`, a call, backward, clip and step of that player's own optimizer.
+    Under DDP ``average`` is set to a mean over the ranks, for what is not linear in the images.
+    """
+
+    health: CodebookHealth | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.average: Callable[[Tensor], Tensor] = _same
+
+    def players(self, step: int) -> tuple[str, ...]:
+        """Who has a turn at ``step``, in order."""
+        return ("model",)
+
+    @abstractmethod
+    def trainable(self, player: str = "model") -> dict[str, nn.Parameter]:
+        """A player's parameters by name."""
+
+    @abstractmethod
+    def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:
+        """Loss of one player's turn on images [B, 3, H, W] in [0, 1]; ``generator`` draws all that is random."""
+
+    def prepare(self, images: Tensor, generator: torch.Generator) -> None:
+        """Before the first step of fresh weights."""
+
+    def resting(self, step: int) -> tuple[str, ...]:
+        """Prefixes of the trainable parameters that are left alone at ``step``."""
+        return ()
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def train_only(objective: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
@@ -74,7 +129,7 @@ def unused_parameters(tokenizer: AlitTokenizer) -> tuple[str, ...]:
     return () if tokenizer.config.halting.enabled else ("tokenizer.encoder.mask_token",)
 
 
-class BaseObjective(nn.Module):
+class BaseObjective(Objective):
     """Reconstruction through the base's own bottleneck."""
 
     def __init__(self, base: BaseTokenizer, config: BaseObjectiveConfig) -> None:
@@ -84,18 +139,11 @@ class BaseObjective(nn.Module):
         table = base.code_table()
         self.health = None if table is None else CodebookHealth(table, unit_length=False)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable(self, player: str = "model") -> dict[str, nn.Parameter]:
         """Every parameter of the base, by name."""
         return dict(self.named_parameters())
 
-    def prepare(self, images: Tensor, generator: torch.Generator) -> None:
-        """Nothing to prepare."""
-
-    def resting(self, step: int) -> tuple[str, ...]:
-        """Nothing rests."""
-        return ()
-
-    def forward(self, images: Tensor, generator: torch.Generator) -> Loss:
+    def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:
         """Loss of images [B, 3, H, W] in [0, 1]."""
         result = self.base.autoencode(images, generator)
         if self.training and self.health is not None and result.codes is not None:
@@ -107,7 +155,7 @@ class BaseObjective(nn.Module):
         return Loss(total, tuple(Term(name, None, value.detach()) for name, value in parts.items()))
 
 
-class DistillObjective(nn.Module):
+class DistillObjective(Objective):
     """Predict the frozen base's grid from the latents of every rollout."""
 
     def __init__(self, tokenizer: AlitTokenizer, config: DistillConfig) -> None:
@@ -116,13 +164,13 @@ class DistillObjective(nn.Module):
         self.config = config
         self.health = latent_health(tokenizer)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable(self, player: str = "model") -> dict[str, nn.Parameter]:
         """All but the base; the halting mask only where halting is on."""
         frozen = ("tokenizer.base.", *unused_parameters(self.tokenizer))
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
 
     def resting(self, step: int) -> tuple[str, ...]:
-        """Prefixes of the trainable parameters that are left alone at ``step``."""
+        """At first everything but the decoder, when ``decoder_first_steps`` says so."""
         resting = step < self.config.decoder_first_steps
         return ("tokenizer.encoder.", "tokenizer.quantizer.") if resting else ()
 
@@ -134,7 +182,7 @@ class DistillObjective(nn.Module):
             latents = [step.projected.flatten(0, 1) for step in self.tokenizer.rollout(images)]
             fill_codebook(quantizer, torch.cat(latents), generator)
 
-    def forward(self, images: Tensor, generator: torch.Generator) -> Loss:
+    def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:
         """Loss of images [B, 3, H, W] in [0, 1]; ``generator`` draws the rollouts and the halting."""
         total, terms = images.new_zeros(()), list[Term]()
         rollouts = sampled_rollouts(self.tokenizer, images, self.config.sampled_rollouts, generator)

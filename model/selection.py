@@ -12,7 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating[Any]]
-LARGER_IS_BETTER = frozenset({"psnr", "ssim", "ms_ssim", "accuracy", "agreement", "delta1", "miou", "cosine"})
+LARGER_IS_BETTER = frozenset(
+    {
+        *("psnr", "ssim", "ms_ssim", "accuracy", "correct", "agreement", "probability", "probability_label"),
+        *("delta1", "delta1_judge", "miou", "miou_judge", "cosine", "recall1", "recall5"),
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from typing import Any
 
 from components import artifacts
 from components.artifacts import Artifact, Draft, Job, Manifest, TokenCounts, join, read_manifest
-from components.config import NoConfig, RuleConfig, TaskConfig
+from components.config import NoConfig, RuleConfig
 from components.select_counts import select
+from components.task_config import TaskConfig
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Pipeline
 from pipelines.lock import hold

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.config import LengthConfig, LengthStageConfig, MatrixStageConfig, NoConfig, RuleConfig, TaskConfig
+from components.config import LengthConfig, LengthStageConfig, MatrixStageConfig, NoConfig, RuleConfig
 from components.rules import column
+from components.task_config import TaskConfig
 from pipelines.config import ConfigError, RunConfig
-from pipelines.dag import Demand, Stage
+from pipelines.dag import Stage
+from pipelines.judging import inference_demand, tokenizer_stage
 
 
 def stages_from_scores(config: RunConfig) -> list[Stage]:
@@ -18,23 +20,6 @@ def stages_from_scores(config: RunConfig) -> list[Stage]:
         stages += [*_length(config, task), _select(task), _pack(config, task)]
     stages += [*_quality(config), *_matrix(config)]
     return [*stages, _publish(config, [stage.name for stage in stages])]
-
-
-def tokenizer_stage(config: RunConfig) -> str:
-    """The stage that makes the tokenizer all others use."""
-    return "distill"
-
-
-def inference_demand(config: RunConfig) -> Demand:
-    """What a stage of inference actors takes."""
-    inference = config.inference
-    return Demand(
-        cpus=inference.actors * inference.cpus_per_actor,
-        gpus=inference.actors * inference.gpus_per_actor,
-        workers=inference.actors,
-        unit="actor",
-        setting="inference",
-    )
 
 
 def _predicted(task: TaskConfig) -> list[RuleConfig]:

@@ -12,19 +12,19 @@ from components.config import (
     IngestResources,
     IngestStageConfig,
     NoConfig,
-    ScoreStageConfig,
 )
 from components.sources import open_source
 from components.tracking import DataSet
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
+from pipelines.judging import inference_demand, judging_stages, tokenizer_stage
 from pipelines.runner import RunOptions
-from pipelines.selection import inference_demand, stages_from_scores, tokenizer_stage
+from pipelines.selection import stages_from_scores
 
 
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
-    stages = [_ingest(config), _base(config), _distill(config), _tokenize(config), _score(config)]
+    stages = [_ingest(config), _base(config), _distill(config), _tokenize(config), *judging_stages(config)]
     return Pipeline("train", (*stages, *stages_from_scores(config)))
 
 
@@ -57,6 +57,7 @@ def _ingest(config: RunConfig) -> Stage:
         "ingest",
         run="components.ingest:ingest",
         produces="ImageSet",
+        version="2",
         config=IngestStageConfig(data=config.data, limits=IngestConfig(**limits)),
         resources=IngestResources(**resources),
         fingerprint={"listing": digest},
@@ -133,19 +134,4 @@ def _tokenize(config: RunConfig) -> Stage:
         needs={"images": "ingest", "tokenizer": tokenizer_stage(config)},
         demand=inference_demand(config),
         headline=("images", "tokens"),
-    )
-
-
-def _score(config: RunConfig) -> Stage:
-    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
-    metrics = tuple(dict.fromkeys(metric for task in config.tasks for metric in task.metrics))
-    return Stage(
-        "score",
-        run="components.score:score",
-        produces="ScoreTable",
-        config=ScoreStageConfig(metrics=metrics),
-        resources=config.inference,
-        needs={"images": "ingest", "codes": "tokenize", "tokenizer": tokenizer_stage(config)},
-        demand=inference_demand(config),
-        headline=tuple(f"{metrics[0]}@{budget}" for budget in (smallest, largest)),
     )

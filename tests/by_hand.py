@@ -17,6 +17,7 @@ from components.images import encode_png, image_id, prepare, stack, to_float
 from components.sources import open_source
 from model import AlitTokenizer, TokenBatch
 from model.metrics import METRICS
+from model.selection import LARGER_IS_BETTER
 from model.starter import STARTER
 from model.tokens import id_type
 
@@ -45,10 +46,10 @@ def photographs(crops: int) -> Photographs:
             {
                 "image_id": image_id(item.path, data),
                 "uri": source.uri(item.path),
-                "label": item.path.split("/")[0],
+                "label": item.targets.label,
                 "width": made.width,
                 "height": made.height,
-                "split": source_split(source, item.path),
+                "split": item.targets.split or "train",
                 "image": encode_png(made.image),
             }
         )
@@ -63,12 +64,6 @@ def photographs(crops: int) -> Photographs:
                 values.append(METRICS[name](images, restored).numpy())
     table = {name: np.stack(values, axis=1) for name, values in scores.items()}
     return Photographs(rows, tokenizer.budgets, np.concatenate(codes, axis=1), table)
-
-
-def source_split(source, path: str) -> str:
-    """The split that the demo source names, whatever its protocol calls it."""
-    named = source.targets(path).split if hasattr(source, "targets") else source.split(path)
-    return named or "train"
 
 
 def job(folder: Path) -> Job:
@@ -136,9 +131,9 @@ def score_table(
     table = pa.table({"image_id": list(ids), "split": list(split or ["val"] * number), **lists})
     write_files(folder, table, rows_per_file)
     (folder / "budgets.json").write_text(json.dumps([int(budget) for budget in budgets]))
-    if directions is not None:
-        told = {name: {"task": name.split(".")[0], "direction": way, "missing": 0} for name, way in directions.items()}
-        (folder / "metrics.json").write_text(json.dumps(told))
+    ways = {name: "higher" if name in LARGER_IS_BETTER else "lower" for name in columns} | dict(directions or {})
+    told = {name: {"task": name.rpartition(".")[0], "direction": way, "missing": 0} for name, way in ways.items()}
+    (folder / "metrics.json").write_text(json.dumps(told))
     finish(folder, ScoreTable)
     return ScoreTable.open(str(folder))
 

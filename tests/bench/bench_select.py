@@ -50,6 +50,8 @@ def write(folder: Path, rows: int, rows_per_file: int) -> None:
         table = pa.table({"image_id": [f"{start + row:020x}" for row in range(count)], "split": split, **lists})
         pq.write_table(table, folder / "table" / f"part-{number:06d}.parquet", compression="zstd")
     write_json(str(folder / "budgets.json"), list(made.budgets))
+    ways = {"l1": "lower", "mse": "lower", "psnr": "higher"}
+    write_json(str(folder / "metrics.json"), {name: {"direction": way} for name, way in ways.items()})
     manifest = Manifest(ScoreTable.schema, ScoreTable.version, "score", folder.name, {}, {}, {"images": rows})
     write_json(str(folder / "artifact.json"), asdict(manifest))
 

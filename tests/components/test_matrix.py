@@ -9,15 +9,16 @@ import pytest
 from PIL import Image
 
 from components.artifacts import ScoreTable, TokenCounts
-from components.config import MatrixConfig, MatrixStageConfig, NoConfig, RuleConfig, TaskConfig
+from components.config import MatrixConfig, MatrixStageConfig, NoConfig, RuleConfig
 from components.matrix import allocate, matrix
 from components.select_counts import select
+from components.task_config import TaskConfig
 from tests.by_hand import job, of_photographs, photographs, score_table
 
 NAN = float("nan")
 BUDGETS = (8, 16, 32)
 L1 = TaskConfig(name="reconstruction", rule=RuleConfig(kind="threshold", metric="l1", max=0.08))
-PSNR = TaskConfig(name="sharpness", rule=RuleConfig(kind="threshold", metric="psnr", min=24))
+PSNR = TaskConfig(name="sharpness", kind="reconstruction", rule=RuleConfig(kind="threshold", metric="psnr", min=24))
 
 
 def run(folder: Path, scores: ScoreTable, tasks: list[TaskConfig], criteria: dict[str, str], **settings) -> dict:

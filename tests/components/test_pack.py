@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from components.artifacts import TokenCounts
-from components.config import NoConfig, PackConfig, RuleConfig, TaskConfig
+from components.config import NoConfig, PackConfig, RuleConfig
 from components.images import stack, to_float
 from components.pack import pack
 from components.select_counts import select
+from components.task_config import TaskConfig
 from model import AlitTokenizer, TokenBatch
 from model.metrics import METRICS
 from model.starter import STARTER

@@ -9,8 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from components.artifacts import LengthModel, ScoreTable
-from components.config import LengthConfig, NoConfig, RuleConfig, TaskConfig
+from components.config import LengthConfig, NoConfig, RuleConfig
 from components.select_counts import equal_quality, select
+from components.task_config import TaskConfig
 from model.selection import MeanTokens
 from tests.by_hand import job, of_photographs, photographs, score_table
 
@@ -134,10 +135,12 @@ def test_one_image(tmp_path: Path) -> None:
 def test_the_direction_is_the_tables_own(tmp_path: Path) -> None:
     """A metric whose name nobody knows, more is better."""
     values = np.array([[0.3, 0.6, 0.5], [0.2, 0.2, 0.9]])
-    columns = {"reconstruction.crispness": values}
+    columns = {"own.crispness": values}
     for way, best, fixed in (("higher", [16, 32], None), ("lower", [8, 8], 8.0)):
-        scores = score_table(tmp_path / way, columns, BUDGETS, directions={"reconstruction.crispness": way})
-        config = task("best").model_copy(update={"rule": RuleConfig.model_construct(kind="best", metric="crispness")})
+        scores = score_table(tmp_path / way, columns, BUDGETS, directions={"own.crispness": way})
+        config = TaskConfig(
+            name="own", kind="my.tasks:Own", metrics=["crispness"], rule=RuleConfig(kind="best", metric="crispness")
+        )
         counts, _, row = chosen(tmp_path / f"{way}-out", scores, config)
         assert counts["num_tokens"] == best
         assert row["fixed_tokens"] == fixed

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from components.artifacts import LengthModel
-from components.config import InferenceResources, LengthConfig, LengthStageConfig, NoConfig, RuleConfig, TaskConfig
+from components.config import InferenceResources, LengthConfig, LengthStageConfig, NoConfig, RuleConfig
 from components.images import stack, to_float
 from components.length import train_length
 from components.rules import rule_with_head
 from components.select_counts import select
+from components.task_config import TaskConfig
 from model import AlitTokenizer
 from model.starter import STARTER
 from tests.by_hand import image_set, job, of_photographs, photographs, tokenizer_artifact

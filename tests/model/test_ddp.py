@@ -11,7 +11,7 @@ from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
 
 from model.finetune import FinetuneObjective
-from model.objectives import train_only
+from model.objectives import Turn, train_only
 from model.recipes import FinetuneConfig
 
 CONFIG = FinetuneConfig(
@@ -35,7 +35,7 @@ def train(objective: FinetuneObjective, call: torch.nn.Module, images: torch.Ten
         made = None
         for player in objective.players(step):
             optimizers[player].zero_grad()
-            loss = call(images, generator, player=player, step=step, made=made)
+            loss = call(images, generator, Turn(player, step, made))
             loss.total.backward()
             optimizers[player].step()
             made = loss.made

@@ -12,7 +12,7 @@ from model.config import BaseObjectiveConfig, DistillConfig, HaltingConfig
 from model.discriminator import PatchDiscriminator
 from model.finetune import FinetuneObjective
 from model.losses import adaptive_weight, hinge_discriminator, hinge_generator, lecam_penalty, r1_penalty
-from model.objectives import BaseObjective, DistillObjective, train_only
+from model.objectives import BaseObjective, DistillObjective, Turn, train_only
 from model.recipes import FinetuneConfig, PerceptualConfig
 
 # With the local start, latents tell images apart from the first step on, and few steps are enough.
@@ -64,7 +64,7 @@ def test_each_player_moves_its_own_parameters_alone(photographs, name, kind):
     assert moved(objective) == set(model)
     finite_and_alive(objective, set(model))
     objective.zero_grad(set_to_none=True)
-    objective(images, seeded(), player="discriminator", made=loss.made).total.backward()
+    objective(images, seeded(), Turn("discriminator", made=loss.made)).total.backward()
     assert moved(objective) == set(discriminator)
     assert all(p.requires_grad for p in discriminator.values())
 
@@ -74,8 +74,8 @@ def test_the_discriminators_turn_takes_what_the_model_made_or_makes_it_anew(phot
     images = photographs(4, (32, 32))
     made = objective(images, seeded()).made
     assert len(made) == 2 and not any(image.requires_grad for image in made.values())
-    given = objective(images, seeded(), player="discriminator", made=made)
-    anew = objective(images, seeded(), player="discriminator")
+    given = objective(images, seeded(), Turn("discriminator", made=made))
+    anew = objective(images, seeded(), Turn("discriminator"))
     assert given.total.item() == pytest.approx(anew.total.item(), rel=1e-4)
     assert {t.num_tokens for t in given.terms} == {objective.tokenizer.budgets[k] for k in made}
 
@@ -95,7 +95,7 @@ def test_before_the_schedule_the_discriminator_has_no_part_in_the_loss(photograp
     config = replace(SMALL_GAN, adversarial_weights=((10, 0.8),), sampled_rollouts=None)
     objective = FinetuneObjective(build(SMALL).train(), config)
     images = photographs(2, (32, 32))
-    names = [{term.name for term in objective(images, seeded(), step=step).terms} for step in (9, 10)]
+    names = [{term.name for term in objective(images, seeded(), Turn(step=step)).terms} for step in (9, 10)]
     assert names[0] == {"pixel", "quantizer"}
     assert names[1] == {"pixel", "quantizer", "adversarial", "adaptive"}
 
@@ -201,7 +201,7 @@ def test_finetuning_overfits_one_batch_with_its_discriminator(photographs):
         made = None
         for player in objective.players(0):
             optimizers[player].zero_grad()
-            loss = objective(images, generator, player=player, made=made)
+            loss = objective(images, generator, Turn(player, made=made))
             loss.total.backward()
             optimizers[player].step()
             made = loss.made
@@ -286,12 +286,12 @@ def test_lecam_follows_the_logits(photographs):
     config = replace(SMALL_GAN, lecam_weight=1.0, sampled_rollouts=None, discriminators="shared")
     objective = FinetuneObjective(build(SMALL).train(), config)
     images = photographs(2, (32, 32))
-    loss = objective(images, seeded(), player="discriminator")
+    loss = objective(images, seeded(), Turn("discriminator"))
     assert objective.lecam_means.abs().sum() > 0
     assert "lecam" in {term.name for term in loss.terms}
     objective.eval()
     before = objective.lecam_means.clone()
-    objective(images, seeded(), player="discriminator")
+    objective(images, seeded(), Turn("discriminator"))
     assert torch.equal(before, objective.lecam_means)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.config import DistillConfig, HaltingConfig
 from model.finetune import FinetuneObjective
-from model.objectives import DistillObjective, train_only
+from model.objectives import DistillObjective, Turn, train_only
 from model.official import from_official, load_official, official_config, official_name
 from model.recipes import FinetuneConfig
 from model.tokenizer import AlitTokenizer
@@ -185,7 +185,7 @@ def test_finetuning_losses_and_gradients(recorded, number):
     names = {name: re.sub(prefix, r"\1.layers.", name) for name in weights}
     objective.discriminators.load_state_dict({names[name]: tensor for name, tensor in weights.items()})
     train_only(objective, objective.trainable("model") | objective.trainable("discriminator"))
-    loss = objective(fixture.images, seed_that_draws(rollout), player=player)
+    loss = objective(fixture.images, seed_that_draws(rollout), Turn(player))
     loss.total.backward()
     terms = {term.name: term.value.item() for term in loss.terms}
 
