@@ -13,9 +13,12 @@ from components.config import (
     InferenceResources,
     IngestConfig,
     IngestResources,
+    MatrixConfig,
     MlflowSettings,
     OptimizerConfig,
+    PackConfig,
     PublishConfig,
+    QualityConfig,
     RaySettings,
     Settings,
     TrainConfig,
@@ -118,6 +121,9 @@ class RunConfig(Settings):
     training: TrainingSection
     inference: InferenceResources = InferenceResources()
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    pack: PackConfig = PackConfig()
+    quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults
+    matrix: MatrixConfig | None = MatrixConfig()
     publish: PublishConfig = PublishConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()
@@ -204,6 +210,9 @@ def _with_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
     source = data.get("source") if isinstance(data, dict) else None
     if isinstance(data, dict) and isinstance(source, str) and source != DEMO and "://" not in source:
         made["data"] = {**data, "source": _absolute(source)}
+    quality = raw.get("quality")
+    if isinstance(quality, dict) and isinstance(quality.get("inception"), str):
+        made["quality"] = {**quality, "inception": _absolute(quality["inception"])}
     if isinstance(tasks, list):
         made["tasks"] = [_with_task_paths(task) if isinstance(task, dict) else task for task in tasks]
     return made

@@ -15,22 +15,19 @@ from components.config import (
     NoConfig,
 )
 from components.sources import open_source
-from components.task_config import TaskConfig
 from components.tracking import DataSet
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
 from pipelines.demands import inference_demand, tokenizer_stage, training_demand
 from pipelines.judging import judging_stages
 from pipelines.runner import RunOptions
+from pipelines.selection import stages_from_scores
 
 
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
     stages = [_ingest(config), _base(config), _distill(config), *_finetune(config), _tokenize(config)]
-    stages += judging_stages(config)
-    for task in config.tasks:
-        stages += [select_stage(task), _pack(config, task)]
-    return Pipeline("train", (*stages, _publish(config)))
+    return Pipeline("train", (*stages, *judging_stages(config), *stages_from_scores(config)))
 
 
 def options_of(
@@ -154,49 +151,4 @@ def _tokenize(config: RunConfig) -> Stage:
         needs={"images": "ingest", "tokenizer": tokenizer_stage(config)},
         demand=inference_demand(config),
         headline=("images", "tokens"),
-    )
-
-
-def select_stage(task: TaskConfig) -> Stage:
-    """The stage that chooses counts for ``task``."""
-    return Stage(
-        f"select.{task.name}",
-        run="components.select_counts:select",
-        produces="TokenCounts",
-        config=task,
-        resources=NoConfig(),
-        needs={"scores": "score"},
-        headline=("mean_tokens", "satisfied", "counts_used"),
-    )
-
-
-def _pack(config: RunConfig, task: TaskConfig) -> Stage:
-    return Stage(
-        f"pack.{task.name}",
-        run="components.pack:pack",
-        produces="TokenArchive",
-        config=NoConfig(),
-        resources=NoConfig(),
-        needs={"codes": "tokenize", "counts": f"select.{task.name}", "tokenizer": tokenizer_stage(config)},
-        headline=("tokens", "mean_bits"),
-    )
-
-
-def _publish(config: RunConfig) -> Stage:
-    by_task = {f"counts_{task.name}": f"select.{task.name}" for task in config.tasks}
-    archives = {f"archive_{task.name}": f"pack.{task.name}" for task in config.tasks}
-    return Stage(
-        "publish",
-        run="components.publish:publish",
-        produces="Publication",
-        config=config.publish,
-        resources=NoConfig(),
-        needs={
-            "images": "ingest",
-            "tokenizer": tokenizer_stage(config),
-            "scores": "score",
-            **by_task,
-            **archives,
-        },
-        headline=("model", "version"),
     )
