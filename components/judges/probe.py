@@ -50,10 +50,11 @@ class LabelHead(nn.Module):
 
 
 class MapHead(nn.Module):
-    """Maps at strides 32 to 4, coarse to fine, added up and filtered: -> [B, C, h, w] at stride 4."""
+    """Maps at strides 32 to 4, standardised, coarse to fine, added up and filtered: -> [B, C, h, w] at stride 4."""
 
     def __init__(self, outputs: int) -> None:
         super().__init__()
+        self.norm = nn.ModuleList(nn.GroupNorm(1, channels, affine=False) for channels in STAGES)
         self.lateral = nn.ModuleList(nn.Conv2d(channels, WIDTH, 1) for channels in STAGES)
         self.smooth = nn.ModuleList(nn.Conv2d(WIDTH, WIDTH, 3, padding=1) for _ in STAGES)
         self.out = nn.Conv2d(WIDTH, outputs, 1)
@@ -62,7 +63,7 @@ class MapHead(nn.Module):
         """Scores of classes, or the logarithm of depth."""
         x = None
         for stage in reversed(range(len(STAGES))):
-            here = self.lateral[stage](maps[stage])
+            here = self.lateral[stage](self.norm[stage](maps[stage]))
             x = here if x is None else here + F.interpolate(x, size=here.shape[2:], mode="bilinear")
             x = x + F.gelu(self.smooth[stage](x))
         return self.out(x)
@@ -83,11 +84,15 @@ class Probe(nn.Module):
         self.backbone.eval()
         return self
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] in [0, 1] at the probe's size: class scores, depth [B, h, w] in metres, or map scores."""
+    def raw(self, images: Tensor) -> Tensor:
+        """What the head makes of images [B, 3, H, W] in [0, 1] at the probe's size; of depth its logarithm."""
         with torch.no_grad():
             seen = self.backbone.embed(images) if self.config.target == "label" else self.backbone.stages(images)[1:]
-        made = self.head(seen)
+        return self.head(seen)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Class scores [B, C], depth [B, h, w] in metres, or scores [B, C, h, w], of images as :meth:`raw` takes."""
+        made = self.raw(images)
         return made[:, 0].clamp(-FARTHEST_LOG, FARTHEST_LOG).exp() if self.config.target == "depth" else made
 
     def save(self, folder: str | Path) -> None:
@@ -150,7 +155,7 @@ class ProbeObjective(Objective):
 
     def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:
         """Loss of images [B, 3, H, W] in [0, 1] against ``turn.targets``: label, depth or mask."""
-        target, made = self.probe.config.target, self.probe(self.input.prepare(images))
+        target, made = self.probe.config.target, self.probe.raw(self.input.prepare(images))
         loss = self._loss(made, turn.targets[target])
         return Loss(loss, (Term(target, None, loss.detach()),))
 
@@ -163,9 +168,9 @@ class ProbeObjective(Objective):
             for number in self.ignore:
                 known = known.masked_fill(known == number, -1)
             return _cross_entropy(F.interpolate(made, size=true.shape[1:], mode="bilinear"), known)
-        made = F.interpolate(made[:, None], size=true.shape[1:], mode="bilinear")[:, 0]
+        made = F.interpolate(made, size=true.shape[1:], mode="bilinear")[:, 0]
         valid = torch.isfinite(true) & (true > 0)
-        error = (made.log() - torch.where(valid, true, 1.0).log()).abs()
+        error = (made - torch.where(valid, true, 1.0).log()).abs()
         return torch.where(valid, error, 0.0).sum() / valid.sum().clamp(min=1)
 
 
