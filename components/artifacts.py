@@ -35,6 +35,8 @@ IMAGES_SCHEMA = pa.schema(
         pa.field("height", pa.int32(), nullable=False),
         pa.field("split", pa.string(), nullable=False),  # train | val
         pa.field("image", pa.binary(), nullable=False),  # PNG (lossless), RGB, at the working size
+        pa.field("depth", pa.binary()),  # 16-bit grayscale PNG over the image's pixels: millimetres, 0 = no reading
+        pa.field("mask", pa.binary()),  # 8-bit grayscale PNG over the image's pixels: class ids
     ]
 )
 REJECTED_SCHEMA = pa.schema(
@@ -214,6 +216,7 @@ class ImageSet(Artifact):
     """``table``: IMAGES_SCHEMA; ``rejected``: REJECTED_SCHEMA; ``listing``: what the source held."""
 
     schema: ClassVar[str] = "image_set"
+    version: ClassVar[int] = 2
 
     @property
     def rejected_uri(self) -> str:

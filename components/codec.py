@@ -21,7 +21,8 @@ from components.artifacts import (
     write_table,
 )
 from components.config import DataConfig, IngestConfig, RuleConfig
-from components.images import BadImage, encode_png, image_id, prepare, stack, to_float
+from components.image_files import BadImage
+from components.images import encode_png, image_id, prepare, stack, to_float, to_uint8
 from components.rules import build_rule
 from components.sources import open_source
 
@@ -37,7 +38,7 @@ class EncodeRequest:
     """What to encode and where to."""
 
     model: str  # local folder of a tokenizer
-    source: str  # folder of images, or "demo"
+    source: str  # as DataConfig's
     output: str
     rule: RuleConfig | int  # an int is a fixed number of tokens
 
@@ -75,10 +76,10 @@ def _prepared(source: str, size: int, rejected: list[dict[str, str]]) -> Iterato
     opened, limits = open_source(DataConfig(source=source, image_size=size)), IngestConfig()
     names, pngs = [], []
     for item in opened.list():
-        data = opened.read(item.path)
         try:
+            data = opened.read(item.path)
             prepared = prepare(data, size=size, max_pixels=limits.max_pixels)
-        except BadImage as error:
+        except (BadImage, FileNotFoundError, PermissionError) as error:
             rejected.append({"uri": opened.uri(item.path), "reason": str(error)})
             continue
         names.append(image_id(item.path, data))
@@ -118,7 +119,7 @@ def decode_archive(model: str, archive: str, output: str, progress: Callable[[st
     for batch in read_batches(join(archive, "table"), batch_rows=BATCH):
         tokens = TokenBatch.from_arrow(batch["token_ids"], header["codebook_size"], header["latent_dim"])
         with torch.inference_mode():
-            pixels = (tokenizer.decode(tokens) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+            pixels = to_uint8(tokenizer.decode(tokens))
         for name, image in zip(batch["image_id"].to_pylist(), pixels, strict=True):
             Image.fromarray(image).save(Path(output) / f"{Path(name).name}.png")
         done += len(pixels)

@@ -34,7 +34,7 @@ class Settings(BaseModel):
 class DataConfig(Settings):
     """Where the images are and what becomes of them before a model sees them."""
 
-    source: str  # "demo" or a folder
+    source: str  # "demo", a folder, or a .csv or .jsonl manifest
     image_size: PositiveInt = 256  # px; the short side is resized to it, the centre is kept
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of images in the val split where the source names none
     limit: PositiveInt | None = None  # the first so many files of the listing

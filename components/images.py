@@ -1,60 +1,39 @@
 """From the bytes of a file to the pixels a model sees: the one preprocessing of training, tokenizing and scoring.
 
 Legend: B batch, C channels (3, RGB), H and W height and width in px, T tries. Pixels are uint8 in 0..255 where they
-are stored and float32 in [0, 1] where they are computed with. Colour profiles are ignored, as the paper's data
-loading does.
+are stored and float32 in [0, 1] where they are computed with.
 """
 
 import hashlib
 import io
 import math
-import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image
+
+from components.image_files import decode
 
 if TYPE_CHECKING:
     import torch
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-MAX_ASPECT = 100  # the centre square of a longer image would show less than 1% of it
 RATIO = (3 / 4, 4 / 3)  # of the width to the height of a random crop
 TRIES = 10
 
 _ID_HEX = 20  # 80 bits: among a billion images two share an id with a chance below one in a million
-_FULL_SCALES = (255.0, 65535.0)
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
-_PILLOW_LIMIT = threading.Lock()
-
-
-class BadImage(ValueError):
-    """A file that can't become an image; ``reason`` says why in one line."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """``image``: RGB at the working size; ``width`` and ``height``: of the original, px, upright."""
+    """``image``: RGB at the working size; the rest of the original: size in px, upright, and EXIF orientation, 1..8."""
 
     image: Image.Image
     width: int
     height: int
+    orientation: int
 
 
 def image_id(path: str, data: bytes) -> str:
@@ -65,22 +44,10 @@ def image_id(path: str, data: bytes) -> str:
 def prepare(data: bytes, *, size: int, max_pixels: int) -> Prepared:
     """The file ``data`` as an upright RGB image of ``size`` x ``size`` px.
 
-    The same as :func:`decode` and :func:`to_working_size`, but a large JPEG is decoded at a fraction of its size, never
-    below twice the working size. Raises BadImage.
+    A large JPEG is decoded at a fraction of its size, never below twice the working size. Raises BadImage.
     """
-    image, width, height = _decode(data, max_pixels, smallest=2 * size)
-    return Prepared(to_working_size(image, size), width, height)
-
-
-def decode(data: bytes, *, max_pixels: int) -> Image.Image:
-    """The file ``data`` as an upright RGB image at its full size.
-
-    EXIF orientation is applied; alpha is composited on white; of an animation the first frame counts; values of more
-    than 8 bits are scaled to 8 (:func:`_narrow`). Raises BadImage when the file is empty, damaged, of another kind,
-    of more than ``max_pixels`` (told by its header, before anything is decoded) or longer than MAX_ASPECT times its
-    other side.
-    """
-    return _decode(data, max_pixels, smallest=None)[0]
+    picture = decode(data, max_pixels=max_pixels, smallest=2 * size)
+    return Prepared(to_working_size(picture.image, size), picture.width, picture.height, picture.orientation)
 
 
 def to_working_size(image: Image.Image, size: int) -> Image.Image:
@@ -146,6 +113,13 @@ class Share:
         return self.stop - self.start
 
 
+def to_uint8(images_BCHW: "torch.Tensor") -> np.ndarray:
+    """float pixels [B, C, H, W] in [0, 1] as uint8 [B, H, W, C] in 0..255, rounded, values beyond clamped."""
+    import torch
+
+    return (images_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
 def random_resized_crop(
     images_BCHW: "torch.Tensor",
     *,
@@ -192,113 +166,6 @@ def recolour(
     contrast, brightness = 0.6 + 0.8 * draw(3, 1, 1), 0.3 * (draw(1, 1, 1) - 0.5)
     changed = ((permuted - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
     return torch.where(draw(1, 1, 1) < part, changed, images_BCHW)
-
-
-def _decode(data: bytes, max_pixels: int, smallest: int | None) -> tuple[Image.Image, int, int]:
-    try:
-        image = _open(data, max_pixels)
-        width, height = image.size
-        if smallest is not None and image.format == "JPEG":
-            image.draft(None, (smallest, smallest))  # what it picks is at least that large
-        image.load()
-        orientation = _orientation(image)
-        rgb = _to_rgb(image)
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:  # parsers fail on damaged bytes in every way there is; each is a bad image
-        raise BadImage(f"cannot be decoded: {_one_line(error)}") from error
-    if orientation in _TURNED:
-        width, height = height, width
-    return (rgb.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else rgb), width, height
-
-
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The image with only its header read, its size and integrity checked."""
-    if not data:
-        raise BadImage("empty file")
-    try:
-        image = _read_header(data)
-    except UnidentifiedImageError:
-        kind = _signature(data)
-        raise BadImage(f"{kind} with a damaged header" if kind else "not an image of a known format") from None
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise BadImage(f"no pixels: {width} x {height} px")
-    if width * height > max_pixels:
-        raise BadImage(f"too large: {width} x {height} px are more than {max_pixels} pixels")
-    if max(width, height) > MAX_ASPECT * min(width, height):
-        raise BadImage(f"too thin: {width} x {height} px, one side is more than {MAX_ASPECT} times the other")
-    if image.format == "PNG":  # Pillow skips the checksums of the pixel data unless asked
-        _read_header(data).verify()
-    return image
-
-
-def _read_header(data: bytes) -> Image.Image:
-    with _PILLOW_LIMIT:  # Pillow's own limit is one for the process and looser than ours, which follows at once
-        before, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            return Image.open(io.BytesIO(data), formats=FORMATS)
-        finally:
-            Image.MAX_IMAGE_PIXELS = before
-
-
-def _signature(data: bytes) -> str:
-    starts = {b"\xff\xd8": "JPEG", b"\x89PNG": "PNG", b"BM": "BMP", b"GIF8": "GIF", b"II*\0": "TIFF", b"MM\0*": "TIFF"}
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP"
-    return next((kind for start, kind in starts.items() if data.startswith(start)), "")
-
-
-def _orientation(image: Image.Image) -> int:
-    """1..8; TIFF files are turned by Pillow while they load and then say 1."""
-    try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF, of which the parser fails in many ways, says nothing against the pixels
-        return 1
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        grey = _narrow(np.asarray(image), _full_scale(image))
-        zero_is_white = getattr(image, "tag_v2", {}).get(262) == 0  # TIFF's PhotometricInterpretation
-        return Image.fromarray(255 - grey if zero_is_white else grey).convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    image = image.convert("LA") if image.mode == "La" else image
-    white = Image.new("RGBA", image.size, "white")
-    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
-
-
-def _full_scale(image: Image.Image) -> float | None:
-    """The value of white where the format says it; None for 32-bit integers and floats, which don't."""
-    if not image.mode.startswith("I;16"):
-        return None
-    bits = getattr(image, "tag_v2", {}).get(258, (16,))  # TIFF's BitsPerSample: cameras also write 12
-    return 2.0 ** bits[0] - 1
-
-
-def _narrow(values: np.ndarray, full_scale: float | None) -> np.ndarray:
-    """Grey values of more than 8 bits as uint8, rounded, black at 0 and white at ``full_scale``.
-
-    Where there is none: the smallest of 1 (floats only), 255 and 65535 that holds all values; others, and negative
-    ones, are stretched from their lowest to their highest. Raises BadImage when some aren't finite.
-    """
-    low, high = float(values.min()), float(values.max())
-    if not math.isfinite(low + high):
-        raise BadImage("pixel values that are not finite numbers")
-    black = 0.0
-    if full_scale is None:
-        scales = (1.0, *_FULL_SCALES) if values.dtype.kind == "f" else _FULL_SCALES
-        full_scale = next((scale for scale in scales if low >= 0 and high <= scale), None)
-        black = 0.0 if full_scale else low
-    span = (full_scale or high) - black
-    scaled = (values.astype(np.float32) - black) * (255 / (span or 1.0))
-    return np.rint(scaled, out=scaled).clip(0, 255).astype(np.uint8)
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}"[:200]
 
 
 def _random_boxes(

@@ -20,14 +20,20 @@ import pyarrow.parquet as pq
 
 from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, Figures, Job, filesystem, join, write_bytes
 from components.config import IngestResources, IngestStageConfig
-from components.images import BadImage, encode_png, image_id, prepare
-from components.sources import Source, SourceObject, open_source
+from components.image_files import BadImage
+from components.images import Prepared, encode_png, image_id, prepare
+from components.sources import Source, SourceObject, Targets, open_source
+from components.targets import Kind, prepare_target
 
 LISTING_SCHEMA = pa.schema(
     [
         pa.field("path", pa.string(), nullable=False),
         pa.field("size", pa.int64(), nullable=False),
         pa.field("etag", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("depth", pa.string()),
+        pa.field("mask", pa.string()),
+        pa.field("split", pa.string()),
     ]
 )
 BLOCKS_PER_LISTING = 64  # row groups in a file of the listing: a task reads one of them and a short footer
@@ -55,12 +61,14 @@ class Tally:
     train: int = 0
     val: int = 0
     bytes: int = 0  # of the images at the working size
+    depth: int = 0  # images that have it
+    mask: int = 0
     labels: set[str] = field(default_factory=set)
     reasons: list[str] = field(default_factory=list)  # the first few
 
     def add(self, other: "Tally") -> None:
         """Count what ``other`` counted too."""
-        for name in ("images", "rejected", "train", "val", "bytes"):
+        for name in ("images", "rejected", "train", "val", "bytes", "depth", "mask"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.labels |= other.labels
         self.reasons = (self.reasons + other.reasons)[:REASONS_TOLD]
@@ -74,6 +82,8 @@ class Tally:
             "val": self.val,
             "labels": len(self.labels),
             "bytes": self.bytes,
+            "depth": self.depth,
+            "mask": self.mask,
         }
 
     def to_json(self) -> str:
@@ -90,8 +100,9 @@ class Tally:
 def ingest(job: Job, *, config: IngestStageConfig, resources: IngestResources) -> Figures:
     """Write ``listing``, ``table`` (IMAGES_SCHEMA) and ``rejected`` (REJECTED_SCHEMA) under ``job.output``.
 
-    Figures: images, rejected, train, val, labels (different ones), bytes (of the stored images). Raises ValueError when
-    the source can't be listed, holds no good image, or more files than ``config.limits.max_rejected`` are bad.
+    Figures: images, rejected, train, val, labels (different ones), bytes (of the stored images), depth and mask (images
+    that have them). Raises ValueError when the source can't be listed, holds no good image, or more files than
+    ``config.limits.max_rejected`` are bad.
     """
     work = Work(open_source(config.data), config, job.output)
     num_files, num_blocks = write_listing(
@@ -122,7 +133,7 @@ def write_listing(objects: Iterator[SourceObject], uri: str, *, files_per_block:
     while block := list(islice(objects, files_per_block)):
         with pq.ParquetWriter(_listing_file(path, num_blocks), LISTING_SCHEMA, filesystem=store) as writer:
             for _ in range(BLOCKS_PER_LISTING):
-                writer.write_table(pa.Table.from_pylist([asdict(item) for item in block], LISTING_SCHEMA))
+                writer.write_table(pa.Table.from_pylist([_listing_row(item) for item in block], LISTING_SCHEMA))
                 num_files, num_blocks = num_files + len(block), num_blocks + 1
                 block = [] if num_blocks % BLOCKS_PER_LISTING == 0 else list(islice(objects, files_per_block))
                 if not block:
@@ -135,7 +146,7 @@ def read_listing(uri: str, block: int) -> list[SourceObject]:
     store, path = filesystem(uri)
     with store.open_input_file(_listing_file(path, block)) as stream:
         rows = pq.ParquetFile(stream).read_row_group(block % BLOCKS_PER_LISTING).to_pylist()
-    return [SourceObject(**row) for row in rows]
+    return [SourceObject(row.pop("path"), row.pop("size"), row.pop("etag"), Targets(**row)) for row in rows]
 
 
 def decode_block(block: int, work: Work) -> Tally:
@@ -188,30 +199,48 @@ def _decode_row(row: dict[str, Any], work: Work) -> dict[str, Any]:
     return {"tally": decode_block(int(row["id"]), work).to_json()}
 
 
+def _listing_row(item: SourceObject) -> dict[str, Any]:
+    return {"path": item.path, "size": item.size, "etag": item.etag, **vars(item.targets)}
+
+
 def _image_row(item: SourceObject, work: Work) -> dict[str, Any]:
     """A row of IMAGES_SCHEMA; raises BadImage."""
-    data_config, limits = work.config.data, work.config.limits
-    data = _read(item, work)
-    prepared = prepare(data, size=data_config.image_size, max_pixels=limits.max_pixels)
+    limits, size, targets = work.config.limits, work.config.data.image_size, item.targets
+    if item.size > limits.max_bytes:
+        which = "" if targets.depth is None and targets.mask is None else ", in the largest of image, depth and mask"
+        raise BadImage(f"too many bytes: {item.size} are more than {limits.max_bytes}{which}")
+    data = _read(item.path, work)
+    prepared = prepare(data, size=size, max_pixels=limits.max_pixels)
     return {
         "image_id": image_id(item.path, data),
         "uri": work.source.uri(item.path),
-        "label": work.source.label(item.path),
+        "label": targets.label,
         "width": prepared.width,
         "height": prepared.height,
-        "split": work.source.split(item.path) or choose_split(item.path, data_config.held_out),
+        "split": targets.split or choose_split(item.path, work.config.data.held_out),
         "image": encode_png(prepared.image),
+        "depth": _target(targets.depth, "depth", prepared, work),
+        "mask": _target(targets.mask, "mask", prepared, work),
     }
 
 
-def _read(item: SourceObject, work: Work) -> bytes:
-    """The file's content. Other errors than these two are the disk's or the network's and fail the stage."""
-    if item.size > work.config.limits.max_bytes:
-        raise BadImage(f"too many bytes: {item.size} are more than {work.config.limits.max_bytes}")
+def _target(path: str | None, kind: Kind, image: Prepared, work: Work) -> bytes | None:
+    """The depth map or mask at ``path`` as PNG at the working size; raises BadImage that names the file."""
+    if path is None:
+        return None
+    size, max_pixels = work.config.data.image_size, work.config.limits.max_pixels
     try:
-        return work.source.read(item.path)
+        return prepare_target(_read(path, work), kind, like=image, size=size, max_pixels=max_pixels)
+    except BadImage as error:
+        raise BadImage(f"{kind} {work.source.uri(path)}: {error.reason}") from error
+
+
+def _read(path: str, work: Work) -> bytes:
+    """The file's content. Other errors than these two are the disk's or the network's and fail the stage."""
+    try:
+        return work.source.read(path)
     except (FileNotFoundError, PermissionError) as error:
-        hint = "; its name is not UTF-8, or it was removed" if isinstance(error, FileNotFoundError) else ""
+        hint = "; it is not there, or its name is not UTF-8" if isinstance(error, FileNotFoundError) else ""
         raise BadImage(f"cannot be read: {error.strerror}{hint}") from error
 
 
@@ -223,6 +252,8 @@ def _tally(images: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]])
         train=len(images) - val,
         val=val,
         bytes=sum(len(row["image"]) for row in images),
+        depth=sum(row["depth"] is not None for row in images),
+        mask=sum(row["mask"] is not None for row in images),
         labels={row["label"] for row in images} - {None},
         reasons=[f"{row['uri']}: {row['reason']}" for row in rejected[:REASONS_TOLD]],
     )
@@ -242,9 +273,9 @@ def _listing_file(path: str, block: int) -> str:
 
 
 def _write(uri: str, block: int, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
-    """One file of a table, whole or not at all; PNG is packed already, so the images are stored as they are."""
-    packed = {name: "none" if name == "image" else "zstd" for name in schema.names}
-    described = [name for name in schema.names if name != "image"]
+    """One file of a table, whole or not at all; PNG is packed already, so binary columns are stored as they are."""
+    described = [field.name for field in schema if field.type != pa.binary()]
+    packed = {name: "zstd" if name in described else "none" for name in schema.names}
     sink = pa.BufferOutputStream()
     table = pa.Table.from_pylist(rows, schema)
     pq.write_table(table, sink, compression=packed, use_dictionary=described, write_statistics=described)

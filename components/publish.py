@@ -21,7 +21,7 @@ from components.artifacts import (
     write_json,
 )
 from components.config import NoConfig, PublishConfig
-from components.images import stack, to_float
+from components.images import stack, to_float, to_uint8
 from components.registry import ModelVersion, register_tokenizer
 from components.tracking import Tracker
 
@@ -119,14 +119,14 @@ def _strip(model: "AlitTokenizer", png: bytes, num_tokens: int) -> np.ndarray:
 
     pixels = to_float(torch.from_numpy(stack([png])))
     with torch.inference_mode():
-        steps = [(step.num_tokens, step.images.clamp(0, 1)) for step in model.rollout(pixels)]
+        steps = [(step.num_tokens, step.images) for step in model.rollout(pixels)]
     tiles = [_framed(pixels, chosen=False)] + [_framed(image, chosen=budget == num_tokens) for budget, image in steps]
     return np.concatenate(tiles, axis=1)
 
 
 def _framed(image: Any, *, chosen: bool) -> np.ndarray:
     """float [1, 3, H, W] as uint8 [H, W, 3] with a margin that tells whether this budget was chosen."""
-    tile = (image[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+    (tile,) = to_uint8(image)
     height, width, _ = tile.shape
     framed = np.full((height + 2 * GAP_PX, width + 2 * GAP_PX, 3), CHOSEN if chosen else WHITE, dtype=np.uint8)
     framed[GAP_PX:-GAP_PX, GAP_PX:-GAP_PX] = tile

@@ -15,9 +15,10 @@ import pandas as pd
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
+from PIL import Image
 
 from components.config import RuleConfig
-from components.images import prepare, to_float
+from components.images import encode_png, prepare, to_float, to_uint8
 from components.rules import build_rule
 from model import AlitTokenizer
 
@@ -51,7 +52,7 @@ class AlitModel(PythonModel):
         tokens = self.tokenizer.encode(batch, self._rule(params))
         rows = pd.DataFrame({"num_tokens": tokens.num_tokens})
         if params.get("output", "tokens") == "images":
-            rows["image"] = [_png(image) for image in self.tokenizer.decode(tokens)]
+            rows["image"] = [_base64_png(pixels) for pixels in to_uint8(self.tokenizer.decode(tokens))]
         else:
             rows["token_ids"] = [ids.tolist() for ids in tokens]
         return rows
@@ -67,15 +68,8 @@ class AlitModel(PythonModel):
         return build_rule(RuleConfig.model_validate(self.rules[name]))
 
 
-def _png(image: torch.Tensor) -> str:
-    import io
-
-    from PIL import Image
-
-    pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+def _base64_png(pixels: np.ndarray) -> str:
+    return base64.b64encode(encode_png(Image.fromarray(pixels))).decode()
 
 
 set_model(AlitModel())

@@ -82,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument("--within", type=float, metavar="RATIO", help="within this ratio of the value at the most tokens")
     rule.add_argument("--mean-tokens", type=float, metavar="B", help="at most this many tokens a mean image")
     encode = add("encode", _encode, "Encode a folder of images into a token archive.")
-    _add_paths(encode, "a folder of images")
+    _add_paths(encode, "a folder of images, or a .csv or .jsonl manifest of them")
     count = encode.add_mutually_exclusive_group(required=True)
     count.add_argument("--task", help="the rule registered with the model for this task")
     count.add_argument("--tokens", type=int, metavar="N", help="the same number for every image")

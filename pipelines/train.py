@@ -60,6 +60,7 @@ def _ingest(config: RunConfig) -> Stage:
         "ingest",
         run="components.ingest:ingest",
         produces="ImageSet",
+        version="2",
         config=IngestStageConfig(data=config.data, limits=IngestConfig(**limits)),
         resources=IngestResources(**resources),
         fingerprint={"listing": digest},

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from components.sources import SourceObject, listing_digest
+from components.sources import SourceObject, Targets, listing_digest
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -131,22 +131,15 @@ class DemoSource:
         """``demo://astronaut/0007.png``: nothing that a file system or a browser opens."""
         return f"demo://{path}"
 
-    def label(self, path: str) -> str | None:
-        """The photograph's name."""
-        return path.split("/", maxsplit=1)[0]
-
-    def split(self, path: str) -> str | None:
-        """Whole photographs are held out."""
-        return _BY_NAME[path.split("/", maxsplit=1)[0]].split
-
     def _all(self) -> Iterator[SourceObject]:
         each, more = divmod(self.crops, len(PHOTOGRAPHS))
         for place, photograph in enumerate(PHOTOGRAPHS):
             size = _file(photograph).stat().st_size
             names = {f"{index:04d}": index for index in range(each + (place < more))}
+            targets = Targets(label=photograph.name, split=photograph.split)
             for name in sorted(names):
                 box = "-".join(map(str, _box(photograph, names[name])))
-                yield SourceObject(f"{photograph.name}/{name}.png", size, f"{RECIPE}-{box}")
+                yield SourceObject(f"{photograph.name}/{name}.png", size, f"{RECIPE}-{box}", targets)
 
 
 def _box(photograph: Photograph, index: int) -> tuple[int, int, int]:

@@ -8,10 +8,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Self
 
-from components.sources import SourceObject, listing_digest
+from components.sources import ALLOWED, SPLITS, SourceObject, Targets, listing_digest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SPLITS = {"train": "train", "val": "val", "test": "val"}  # by the first folder of a path; a test set is held out too
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +32,7 @@ class FolderSource:
         root = Path(folder).expanduser().absolute()
         if not root.is_dir():
             wrong = "it is not a folder" if root.exists() else "there is no such folder"
-            raise ValueError(f"data.source {folder!r}: {wrong} (looked at {root}); use 'demo' or a folder of images")
+            raise ValueError(f"data.source {folder!r}: {wrong} (looked at {root}); {ALLOWED}")
         if not os.access(root, os.R_OK | os.X_OK):
             raise ValueError(f"data.source {folder!r}: it may not be read by this user; use a readable folder")
         return cls(root=str(root), limit=limit)
@@ -62,16 +61,6 @@ class FolderSource:
         """The file's absolute path."""
         return f"{self.root}/{path}"
 
-    def label(self, path: str) -> str | None:
-        """The name of the folder the file is in, unless that is the root or a split."""
-        folders = path.split("/")[:-1]
-        return folders[-1] if folders and folders[-1] not in SPLITS else None
-
-    def split(self, path: str) -> str | None:
-        """``train`` or ``val`` (``test`` is held out too) when the first folder is called so, else None."""
-        first, *rest = path.split("/")
-        return SPLITS.get(first) if rest else None
-
     def _walk(self, folder: str) -> Iterator[SourceObject]:
         try:
             with os.scandir(Path(self.root, folder)) as found:
@@ -83,7 +72,8 @@ class FolderSource:
                 yield from self._walk(f"{folder}{name}")
             elif name.lower().endswith(SUFFIXES) and self._counts(entry):
                 stat = entry.stat()
-                yield SourceObject(_printable(f"{folder}{name}"), stat.st_size, str(stat.st_mtime_ns))
+                path = _printable(f"{folder}{name}")
+                yield SourceObject(path, stat.st_size, str(stat.st_mtime_ns), targets_of(path))
 
     def _counts(self, entry: os.DirEntry[str]) -> bool:
         """Whether it is a regular file, by itself or through a link that stays inside the root."""
@@ -93,6 +83,13 @@ class FolderSource:
             return entry.is_file()
         logger.warning("%s: not followed, the link leaves the source's folder", entry.path)
         return False
+
+
+def targets_of(path: str) -> Targets:
+    """What the folders of ``path`` say: the first one's name may be a split; the last one's, if none, is the label."""
+    folders = path.split("/")[:-1]
+    label = folders[-1] if folders and folders[-1] not in SPLITS else None
+    return Targets(label=label, split=SPLITS.get(folders[0]) if folders else None)
 
 
 def _sortable(entry: os.DirEntry[str]) -> str:

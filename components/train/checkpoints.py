@@ -20,6 +20,7 @@ from components.artifacts import filesystem, join, read_json, remove, write_json
 STATE, MARK = "state.pt", "checkpoint.json"
 NAME = re.compile(r"step-(\d{8})")
 
+
 class CheckpointError(RuntimeError):
     """The last checkpoint, which is the result, can't be written or read back."""
 

@@ -4,11 +4,12 @@ Legend: B images a step over all workers, b = this worker's share of them, N ima
 """
 
 import heapq
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from components.artifacts import ImageSet, filesystem
 from components.images import Share, stack
 from components.mapping import part_names
+from components.targets import decode_targets
 
 if TYPE_CHECKING:
     import ray.data
@@ -30,6 +32,10 @@ class Batch:
 
     images: Tensor
     targets: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> "Batch":
+        """The same there."""
+        return Batch(self.images.to(device), {name: t.to(device) for name, t in self.targets.items()})
 
 
 class Batches(Protocol):
@@ -48,33 +54,60 @@ def count_train(images: ImageSet) -> dict[str, int]:
     return counts
 
 
-def train_dataset(images: ImageSet, columns: Sequence[str]) -> "ray.data.Dataset":
-    """The train split as a lazy Ray dataset: image_id, image (uint8 [3, H, W]) and the target ``columns``."""
+@dataclass(frozen=True)
+class Decode:
+    """Rows of an ImageSet as arrays: image_id, image (uint8 [3, H, W]) and target columns.
+
+    A label becomes its number among ``classes`` (-1: none, or another); see components.targets for depth and mask.
+    """
+
+    targets: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """What is read of the table."""
+        return ["image_id", "split", "image", *self.targets]
+
+    def __call__(self, table: Any) -> dict[str, Any]:
+        """For Ray Data."""
+        found = decode_targets(table, self.targets)
+        if "label" in found:
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            found["label"] = np.array([numbers.get(name, -1) for name in found["label"]], dtype=np.int64)
+        return {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist()), **found}
+
+
+def label_names(images: ImageSet) -> tuple[str, ...]:
+    """The different labels of the train split, sorted."""
+    names: set[str] = set()
+    for _, table in _tables(images, ["split", "label"]):
+        names |= set(table.filter(pc.equal(table["split"], "train"))["label"].drop_null().to_pylist())
+    return tuple(sorted(names))
+
+
+def train_dataset(images: ImageSet, decode: Decode) -> "ray.data.Dataset":
+    """The train split as a lazy Ray dataset of what ``decode`` makes."""
     import ray.data
 
     store, path = filesystem(images.table_uri)
-    rows = ray.data.read_parquet(path, filesystem=store, columns=["image_id", "split", "image", *columns])
+    rows = ray.data.read_parquet(path, filesystem=store, columns=decode.columns)
     return rows.filter(expr="split == 'train'").map_batches(decode, batch_format="pyarrow")
 
 
-def decode(table: Any) -> dict[str, Any]:
-    """Rows of an ImageSet as arrays."""
-    return {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist())}
-
-
-def held_out(images: ImageSet, limit: int, share: Share | None = None) -> Batch:
+def held_out(images: ImageSet, limit: int, decode: Decode, share: Share | None = None) -> Batch:
     """At most ``limit`` images of the val split, those with the smallest ids; of these the ``share`` of one worker."""
     found = heapq.nsmallest(limit, _val_rows(images))
     share = share or Share(0, 1, 1)
     wanted = found[len(found) * share.start // share.of : len(found) * share.stop // share.of]
-    kept: dict[str, bytes] = {}
+    if not wanted:
+        return Batch(torch.empty(0, dtype=torch.uint8))
+    store, folder = filesystem(images.table_uri)
+    parts = []
     for name in sorted({name for _, name, _ in wanted}):
-        store, folder = filesystem(images.table_uri)
-        table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=["image_id", "image"])
-        rows = table.take([row for _, file, row in wanted if file == name])
-        kept |= dict(zip(rows["image_id"].to_pylist(), rows["image"].to_pylist(), strict=True))
-    pixels = stack([kept[image_id] for image_id, _, _ in wanted]) if wanted else np.empty(0, np.uint8)
-    return Batch(torch.from_numpy(pixels))
+        table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=decode.columns)
+        parts.append(table.take([row for _, file, row in wanted if file == name]))
+    return _batch(decode(pa.concat_tables(parts).sort_by("image_id")))
 
 
 def _val_rows(images: ImageSet) -> Iterator[tuple[str, str, int]]:
@@ -89,6 +122,11 @@ def _tables(images: ImageSet, columns: list[str]) -> Iterator[tuple[str, Any]]:
         yield name, pq.read_table(f"{folder}/{name}", filesystem=store, columns=columns)
 
 
+def _batch(block: Mapping[str, np.ndarray]) -> Batch:
+    columns = {name: torch.from_numpy(values) for name, values in block.items() if name != "image_id"}
+    return Batch(columns.pop("image"), columns)
+
+
 class CachedBatches:
     """A train split that fits in memory, read once; every batch follows from the seed and the step alone.
 
@@ -98,8 +136,8 @@ class CachedBatches:
     def __init__(self, shard: "ray.data.DataIterator", *, share: Share, seed: int) -> None:
         blocks = list(shard.iter_batches(batch_size=512, prefetch_batches=1))
         columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-        order = np.argsort(columns.pop("image_id").astype(str))
-        self._columns = {name: torch.from_numpy(values[order]) for name, values in columns.items()}
+        order = np.argsort(columns["image_id"].astype(str))
+        self._whole = _batch({name: values[order] for name, values in columns.items()})
         self._number, self._share, self._seed = len(order), share, seed
 
     def at(self, step: int) -> Batch:
@@ -107,8 +145,7 @@ class CachedBatches:
         epoch, index = divmod(step, self._number // self._share.of)
         order = torch.randperm(self._number, generator=torch.Generator().manual_seed(self._seed + epoch))
         rows = order[index * self._share.of :][self._share.start : self._share.stop]
-        chosen = {name: values[rows] for name, values in self._columns.items()}
-        return Batch(chosen.pop("image"), chosen)
+        return Batch(self._whole.images[rows], {name: t[rows] for name, t in self._whole.targets.items()})
 
 
 class StreamedBatches:
@@ -121,8 +158,7 @@ class StreamedBatches:
     def at(self, step: int) -> Batch:
         """The next images; one execution of the dataset is one epoch."""
         for block in self._stream:
-            columns = {name: torch.from_numpy(values) for name, values in block.items() if name != "image_id"}
-            return Batch(columns.pop("image"), columns)
+            return _batch(block)
         self._stream = iter(
             self._shard.iter_batches(batch_size=self._size, prefetch_batches=2, drop_last=True, batch_format="numpy")
         )

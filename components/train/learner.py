@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from components.artifacts import Artifact, ImageSet
 from components.config import OptimizerConfig, StageTraining, TrainResources
 from components.images import Share, random_resized_crop, recolour, to_float
-from components.train.data import Batch
+from components.train.data import Batch, Decode
 from components.train.optimizer import MovingAverage, build_optimizer, learning_rate
 from components.train.order import EpochOrder
 from components.train.parallel import Place, gathered, gradients_kept, like, spread, whole
@@ -39,6 +39,7 @@ class TrainRun:
     tracking: Mapping[str, str]
     progress: Callable[[str], None]
     checkpoints: str  # folder
+    decode: Decode = Decode()
     order: EpochOrder | None = None  # how images are streamed; None: they stay in each worker's memory
 
     @property
@@ -298,14 +299,14 @@ class Learner:
         return {name for name, _ in self.objective.named_buffers() if name.rpartition(".")[0] in trained | {""}}
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor) -> dict[str, float]:
-        """Figures of the averaged weights on held-out uint8 images [n, 3, H, W] of all workers; none for no images."""
+    def evaluate(self, unseen: Batch) -> dict[str, float]:
+        """Figures of the averaged weights on the held-out images of all workers; none for no images."""
         recipe = RECIPES[self.run.recipe]
         self.objective.eval()
         with self.average.swapped_in(), whole(self.objective):
-            sums = recipe.evaluate(self.objective, images.to(self.place.device)) if len(images) else {}
+            sums = recipe.evaluate(self.objective, unseen.on(self.place.device)) if len(unseen.images) else {}
         self.objective.train()
-        return self._pooled(sums, len(images))
+        return self._pooled(sums, len(unseen.images))
 
     def _pooled(self, sums: Mapping[str, float], number: int) -> dict[str, float]:
         """Means over the images of all workers; under FSDP each had them all."""

@@ -20,7 +20,7 @@ from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
 from components.artifacts import filesystem
-from components.train.data import decode
+from components.train.data import Decode
 
 if TYPE_CHECKING:
     import ray.data
@@ -46,7 +46,7 @@ class EpochOrder:
 
     table_uri: str
     counts: Mapping[str, int]  # file -> images of the train split in it
-    columns: tuple[str, ...]  # target columns beside the image
+    decode: Decode
     batch: int
     image_bytes: int  # of one decoded image
     seed: int
@@ -102,8 +102,7 @@ class EpochOrder:
         store, folder = filesystem(self.table_uri)
         tables = []
         for name, first, last in self.rows(part):
-            columns = ["image_id", "split", "image", *self.columns]
-            table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=columns)
+            table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=self.decode.columns)
             tables.append(table.filter(pc.equal(table["split"], "train"))[first:last])
         whole = pa.concat_tables(tables)
         return whole.take(np.random.default_rng(part.seed).permutation(len(whole)))
@@ -159,7 +158,7 @@ class InOrder(DataConfig):
         for name in datasets:
             epochs = Epochs(self._order.on(world_size), self._first_step())
             rows = ray.data.read_datasource(epochs, override_num_blocks=1)  # more would cut parts in pieces
-            images = rows.map_batches(decode, batch_format="pyarrow", batch_size=None)
+            images = rows.map_batches(self._order.decode, batch_format="pyarrow", batch_size=None)
             options = self._resolve_execution_options(name)
             options.preserve_order = True
             images.context.execution_options = options

@@ -48,9 +48,10 @@ def train(
     inputs: Mapping[str, Artifact],
 ) -> Figures:
     """Run the loop on Ray Train and save what its checkpoint holds. Raises ValueError for too few images."""
-    from components.train.data import count_train
+    from components.train.data import Decode, count_train, label_names
     from components.train.learner import TrainRun
     from components.train.order import EpochOrder
+    from components.train.recipes import RECIPES
 
     images = inputs["images"]
     assert isinstance(images, ImageSet)
@@ -58,9 +59,11 @@ def train(
     number, image_bytes = sum(counts.values()), 3 * config.image_size**2
     if number < batch:
         raise ValueError(f"training.{recipe}.batch_size = {batch}: the train split has only {number} images")
+    targets = RECIPES[recipe].targets
+    decode = Decode(targets, label_names(images) if "label" in targets else ())
     order = None
     if number * image_bytes > resources.cache_mb * 2**20:
-        order = EpochOrder(images.table_uri, counts, (), batch, image_bytes, config.train.seed)
+        order = EpochOrder(images.table_uri, counts, decode, batch, image_bytes, config.train.seed)
         for world in range(resources.worker_range.min, resources.worker_range.max + 1):
             order.on(world)  # says what doesn't fit before workers start
     run = TrainRun(
@@ -69,6 +72,7 @@ def train(
         resources=resources,
         images=images,
         inputs=inputs,
+        decode=decode,
         order=order,
         checkpoints=join(job.scratch, "checkpoints"),
         tracking=job.tracking,
@@ -90,7 +94,7 @@ def _take_over(job: Job, run: "TrainRun") -> Figures:
 
     learner = Learner(run, Place(rank=0, world=1))
     RECIPES[run.recipe].save(learner.objective, run.config, job.output)
-    figures = learner.evaluate(held_out(run.images, run.config.train.eval_images).images)
+    figures = learner.evaluate(held_out(run.images, run.config.train.eval_images, run.decode))
     return {name.removeprefix("val/"): value for name, value in figures.items()}
 
 
@@ -112,7 +116,7 @@ def _fit(job: Job, run: "TrainRun") -> None:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"run": run},
-        datasets={SHARD: train_dataset(run.images, ())},
+        datasets={SHARD: train_dataset(run.images, run.decode)},
         dataset_config=DataConfig(datasets_to_split=[]) if run.order is None else InOrder(run.order, first_step),
         torch_config=TorchConfig(timeout_s=int(resources.stall_s)),
         scaling_config=ScalingConfig(

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import ExifTags, Image, ImageOps
 
+from components.image_files import BadImage, decode
 from components.images import (
-    BadImage,
-    decode,
     decode_png,
     encode_png,
     image_id,
@@ -23,6 +22,7 @@ from components.images import (
     random_resized_crop,
     stack,
     to_float,
+    to_uint8,
     to_working_size,
 )
 
@@ -31,7 +31,7 @@ LEVELS = np.arange(256, dtype=np.uint8).reshape(16, 16)
 
 
 def pixels(data: bytes) -> np.ndarray:
-    image = decode(data, max_pixels=MAX_PIXELS)
+    image = decode(data, max_pixels=MAX_PIXELS).image
     assert image.mode == "RGB"
     return np.asarray(image)
 
@@ -206,6 +206,7 @@ def test_exif_orientation(form, orientation):
     assert np.abs(pixels(data).astype(int) - np.asarray(upright)).max() <= 4
     prepared = prepare(data, size=16, max_pixels=MAX_PIXELS)
     assert (prepared.width, prepared.height, prepared.image.size) == (48, 32, (16, 16))
+    assert prepared.orientation == orientation
 
 
 def test_damaged_exif_does_not_cost_the_picture():
@@ -277,7 +278,7 @@ def test_working_size_is_antialiased():
 def test_reduced_decoding_of_a_large_jpeg_changes_next_to_nothing():
     data = saved(picture(120, 90).resize((1200, 900), Image.Resampling.BICUBIC), "JPEG", quality=92)
     prepared = prepare(data, size=64, max_pixels=10**7)
-    full = to_working_size(decode(data, max_pixels=10**7), 64)
+    full = to_working_size(decode(data, max_pixels=10**7).image, 64)
     assert (prepared.width, prepared.height) == (1200, 900)
     assert np.abs(np.asarray(prepared.image).astype(int) - np.asarray(full)).mean() < 0.5
 
@@ -291,7 +292,12 @@ def test_png_and_stack_are_lossless(width, height, seed):
     stacked = stack(pngs)
     assert stacked.flags.c_contiguous and stacked.dtype == np.uint8
     assert np.array_equal(stacked, arrays.transpose(0, 3, 1, 2))
-    assert np.array_equal(np.rint(to_float(torch.from_numpy(stacked)).numpy() * 255), stacked)
+    assert np.array_equal(to_uint8(to_float(torch.from_numpy(stacked))), arrays)
+
+
+def test_to_uint8_rounds_and_clamps():
+    values = torch.tensor([-0.1, 0.0, 0.0019, 0.002, 0.5, 0.9981, 1.0, 1.2]).reshape(1, 1, 1, 8).expand(1, 3, 1, 8)
+    assert to_uint8(values)[0, 0, :, 2].tolist() == [0, 0, 0, 1, 128, 255, 255, 255]
 
 
 def test_stack_and_to_float_say_what_they_need():

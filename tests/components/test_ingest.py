@@ -19,7 +19,8 @@ from PIL import Image
 
 from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, Job, read_batches
 from components.config import DataConfig, IngestConfig, IngestResources, IngestStageConfig
-from components.images import decode, decode_png, image_id, prepare
+from components.image_files import decode
+from components.images import decode_png, image_id, prepare
 from components.ingest import (
     BLOCKS_PER_LISTING,
     Work,
@@ -29,7 +30,7 @@ from components.ingest import (
     read_listing,
     write_listing,
 )
-from components.sources import SourceObject, open_source
+from components.sources import ALLOWED, SourceObject, Targets, open_source
 from components.sources.demo import MIN_SIDE, PHOTOGRAPHS
 
 ROOT = Path(__file__).parents[2]
@@ -125,7 +126,8 @@ def test_folder_digest_sees_every_change_that_matters(tmp_path):
 def test_folder_label_and_split(tmp_path, path, label, split):
     put(tmp_path, path)
     source = folder_source(tmp_path)
-    assert (source.label(path), source.split(path)) == (label, split)
+    (found,) = source.list()
+    assert found.targets == Targets(label=label, split=split)
     assert source.uri(path) == f"{tmp_path}/{path}"
     assert source.read(path) == (tmp_path / path).read_bytes()
 
@@ -138,7 +140,7 @@ def test_source_errors_name_field_value_and_what_is_allowed(tmp_path):
         "s3://bucket/images": "buckets are not supported yet",
         "http://host/images": "unknown kind of address",
     }.items():
-        with pytest.raises(ValueError, match=f"data.source '{re.escape(source)}': {said}.*'demo' or a"):
+        with pytest.raises(ValueError, match=f"data.source '{re.escape(source)}': {said}.*{ALLOWED}"):
             open_source(DataConfig(source=source))
     with pytest.raises(ValueError, match=r"data.source .*no image files.*\.jpg"):
         folder_source(tmp_path).digest()
@@ -152,9 +154,11 @@ def test_relative_source_becomes_absolute(tmp_path, monkeypatch):
 
 def test_listing_a_source_needs_no_heavy_import(tmp_path):
     put(tmp_path, "1.png")
+    (tmp_path / "list.csv").write_text("uri\n1.png\n")
     code = (
         "import sys; from components.config import DataConfig; from components.sources import open_source\n"
-        f"for source in ('demo', {str(tmp_path)!r}): open_source(DataConfig(source=source)).digest()\n"
+        f"for source in ('demo', {str(tmp_path)!r}, '{tmp_path}/list.csv'):\n"
+        "    open_source(DataConfig(source=source)).digest()\n"
         "heavy = {'torch', 'ray', 'mlflow', 'skimage', 'sklearn', 'numpy', 'PIL', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
@@ -169,17 +173,17 @@ def test_demo_crops():
     found = list(source.list())
     assert len(found) == 100 and found == list(source.list())
     assert [item.path for item in found] == sorted(item.path for item in found)
-    each = Counter(source.label(item.path) for item in found)
+    each = Counter(item.targets.label for item in found)
     assert set(each) == {photograph.name for photograph in PHOTOGRAPHS}
     assert max(each.values()) - min(each.values()) <= 1
-    assert len({item.etag + source.label(item.path) for item in found}) == 100
+    assert len({item.etag + item.targets.label for item in found}) == 100
 
 
 def test_demo_crops_are_real_square_and_of_several_scales():
     source = open_source(DataConfig(source="demo", crops=90))
     for photograph in PHOTOGRAPHS:
         short = min(photograph.width, photograph.height)
-        crops = [decode(source.read(f"{photograph.name}/{i:04d}.png"), max_pixels=10**7) for i in range(6)]
+        crops = [decode(source.read(f"{photograph.name}/{i:04d}.png"), max_pixels=10**7).image for i in range(6)]
         assert all(crop.width == crop.height for crop in crops)
         sides = [crop.width for crop in crops]
         assert sides[0] == short and min(sides) >= max(MIN_SIDE, short // 4) and len(set(sides)) > 3
@@ -189,7 +193,7 @@ def test_demo_crops_are_real_square_and_of_several_scales():
 
 def test_demo_splits_by_photograph():
     source = open_source(DataConfig(source="demo", crops=90))
-    splits = {source.label(path): source.split(path) for path in paths_of(source)}
+    splits = {item.targets.label: item.targets.split for item in source.list()}
     assert {name for name, split in splits.items() if split == "val"} == {"chelsea", "coins", "flower", "rocket"}
     assert set(splits.values()) == {"train", "val"}
     assert all(photograph.credit for photograph in PHOTOGRAPHS)
@@ -350,10 +354,10 @@ def write_thousand(folder: Path) -> dict[str, str]:
         ("PNG", "PNG", "1"), ("jpg", "JPEG", "CMYK"),
     ]  # fmt: skip
     source = open_source(DataConfig(source="demo", crops=98))
-    for place, path in enumerate(paths_of(source)):
-        crop = decode(source.read(path), max_pixels=10**7).resize((100, 80))
+    for place, item in enumerate(source.list()):
+        crop = decode(source.read(item.path), max_pixels=10**7).image.resize((100, 80))
         for number, (suffix, form, mode) in enumerate(forms):
-            file = folder / source.label(path) / f"{place}_{number}.{suffix}"
+            file = folder / item.targets.label / f"{place}_{number}.{suffix}"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(saved(crop.convert(mode), form))
     for broken in broken_files():

@@ -252,7 +252,7 @@ def test_evaluation_is_of_the_average_and_leaves_the_weights() -> None:
     learner, images = Learner(base_run(), Place(0, 1)), photographs(BATCH)
     go(learner, images[None].repeat(3, 1, 1, 1, 1))
     before = {name: p.detach().clone() for name, p in learner.players["model"].parameters.items()}
-    values = learner.evaluate(images)
+    values = learner.evaluate(Batch(images))
     assert set(values) == {"val/l1", "val/psnr"}
     assert all(torch.equal(p, before[name]) for name, p in learner.players["model"].parameters.items())
     learner.average.copy_to_parameters(learner.average.values)
