@@ -6,6 +6,7 @@ Legend: B images a step over all workers, b = this worker's share of them, N ima
 import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -86,13 +87,22 @@ def label_names(images: ImageSet) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def train_dataset(images: ImageSet, decode: Decode) -> "ray.data.Dataset":
-    """The train split as a lazy Ray dataset of what ``decode`` makes."""
+def train_dataset(table_uri: str, counts: Mapping[str, int], decode: Decode, tasks: int) -> "ray.data.Dataset":
+    """The train split as a lazy Ray dataset of what ``decode`` makes, ``tasks`` files of the table at once.
+
+    The tasks ask for no CPU: workers that hold all of them would never see an image.
+    """
     import ray.data
 
-    store, path = filesystem(images.table_uri)
-    rows = ray.data.read_parquet(path, filesystem=store, columns=decode.columns)
-    return rows.filter(expr="split == 'train'").map_batches(decode, batch_format="pyarrow")
+    names = [{"name": name} for name, count in counts.items() if count]
+    files = ray.data.from_items(names, override_num_blocks=len(names))
+    return files.map_batches(partial(_read_train, table_uri, decode), batch_size=1, num_cpus=0, concurrency=tasks)
+
+
+def _read_train(table_uri: str, decode: Decode, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    store, folder = filesystem(table_uri)
+    table = pq.read_table(f"{folder}/{batch['name'][0]}", filesystem=store, columns=decode.columns)
+    return decode(table.filter(pc.equal(table["split"], "train")))
 
 
 def held_out(images: ImageSet, limit: int, decode: Decode, share: Share | None = None) -> Batch:

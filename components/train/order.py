@@ -139,9 +139,9 @@ def _reader(order: EpochOrder, part: Part) -> Callable[[], list[pa.Table]]:
 class InOrder(DataConfig):
     """Hands each worker its parts in their order, on however many workers there are, from the newest checkpoint on."""
 
-    def __init__(self, order: EpochOrder, first_step: Callable[[], int]) -> None:
+    def __init__(self, order: EpochOrder, first_step: Callable[[], int], tasks: int) -> None:
         super().__init__()
-        self._order, self._first_step = order, first_step
+        self._order, self._first_step, self._tasks = order, first_step, tasks
 
     def configure(
         self,
@@ -157,8 +157,10 @@ class InOrder(DataConfig):
         output: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name in datasets:
             epochs = Epochs(self._order.on(world_size), self._first_step())
-            rows = ray.data.read_datasource(epochs, override_num_blocks=1)  # more would cut parts in pieces
-            images = rows.map_batches(self._order.decode, batch_format="pyarrow", batch_size=None)
+            # More blocks than one would cut parts in pieces; CPUs asked for here, workers may hold already.
+            limits: Any = {"num_cpus": 0, "concurrency": self._tasks}
+            rows = ray.data.read_datasource(epochs, override_num_blocks=1, **limits)
+            images = rows.map_batches(self._order.decode, batch_format="pyarrow", batch_size=None, **limits)
             options = self._resolve_execution_options(name)
             options.preserve_order = True
             images.context.execution_options = options

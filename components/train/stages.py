@@ -81,7 +81,7 @@ def train(
     figures: Figures = {"steps": run.num_steps, "train_images": number}
     if not run.num_steps:
         return figures | _take_over(job, run)
-    _fit(job, run)
+    _fit(job, run, counts)
     return figures | _save(job, run)
 
 
@@ -98,7 +98,7 @@ def _take_over(job: Job, run: "TrainRun") -> Figures:
     return {name.removeprefix("val/"): value for name, value in figures.items()}
 
 
-def _fit(job: Job, run: "TrainRun") -> None:
+def _fit(job: Job, run: "TrainRun", counts: Mapping[str, int]) -> None:
     """Raises FloatingPointError for a training that diverged."""
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -116,8 +116,10 @@ def _fit(job: Job, run: "TrainRun") -> None:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"run": run},
-        datasets={SHARD: train_dataset(run.images, run.decode)},
-        dataset_config=DataConfig(datasets_to_split=[]) if run.order is None else InOrder(run.order, first_step),
+        datasets={SHARD: train_dataset(run.images.table_uri, counts, run.decode, resources.data_tasks)},
+        dataset_config=DataConfig(datasets_to_split=[])
+        if run.order is None
+        else InOrder(run.order, first_step, resources.data_tasks),
         torch_config=TorchConfig(timeout_s=int(resources.stall_s)),
         scaling_config=ScalingConfig(
             num_workers=span.max if span.min == span.max else (span.min, span.max),
