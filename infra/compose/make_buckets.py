@@ -4,8 +4,15 @@ import sys
 
 import boto3
 
-s3 = boto3.client("s3")
-standing = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]}
-for name in sys.argv[1:]:
-    if name not in standing:
-        s3.create_bucket(Bucket=name)
+
+def main(names: list[str]) -> None:
+    """Make those of ``names`` that aren't there; raises what boto3 does when the server refuses."""
+    s3 = boto3.client("s3")
+    standing = {bucket["Name"] for bucket in s3.list_buckets()["Buckets"]}
+    for name in names:
+        if name not in standing:
+            s3.create_bucket(Bucket=name)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

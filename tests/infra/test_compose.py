@@ -1,12 +1,16 @@
 """Compose and images: what one part calls another by exists, and so does every file it names."""
 
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import yaml
+from moto.server import ThreadedMotoServer
 
 from tests.infra.files import AWS, COMPOSE, INFRA, RAY_OBJECTS, ROOT, pod_specs
 
@@ -120,3 +124,21 @@ def test_images_are_pinned_small_and_not_root(dockerfile: Path) -> None:
     ]:
         assert "--constraint" in command or "--no-deps" in command
     assert not any(re.search(r"(?i)password|secret|access_key|auth_token", rest) for _, rest in steps)
+
+
+def test_buckets_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run as the service runs it, twice, against a real S3 API."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name, value in SERVICES["buckets"]["environment"].items():
+            if name != "AWS_ENDPOINT_URL":
+                monkeypatch.setenv(name, value)
+        _, script, *names = SERVICES["buckets"]["command"]
+        for _ in range(2):
+            subprocess.run([sys.executable, HERE / script.lstrip("/"), *names], check=True)
+        assert {bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]} == set(names)
+    finally:
+        server.stop()
