@@ -93,13 +93,6 @@ def to_float(images_BCHW: "torch.Tensor") -> "torch.Tensor":
     return images_BCHW.to(torch.float32) / 255
 
 
-def to_uint8(images_BCHW: "torch.Tensor") -> np.ndarray:
-    """float pixels [B, C, H, W] in [0, 1] as uint8 [B, H, W, C] in 0..255, rounded, values beyond clamped."""
-    import torch
-
-    return (images_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-
-
 @dataclass(frozen=True)
 class Share:
     """Which images of a training batch these are: numbers ``start`` up to ``stop`` of ``of``.
@@ -118,6 +111,13 @@ class Share:
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+
+def to_uint8(images_BCHW: "torch.Tensor") -> np.ndarray:
+    """float pixels [B, C, H, W] in [0, 1] as uint8 [B, H, W, C] in 0..255, rounded, values beyond clamped."""
+    import torch
+
+    return (images_BCHW.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def random_resized_crop(

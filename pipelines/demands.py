@@ -29,7 +29,6 @@ def training_demand(config: RunConfig) -> Demand:
     return Demand(
         cpus=least * training.cpus_per_worker,
         gpus=least * training.gpus_per_worker,
-        data_cpus=1,
         workers=least,
         setting="training",
     )

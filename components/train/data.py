@@ -6,9 +6,11 @@ Legend: B images a step over all workers, b = this worker's share of them, N ima
 import heapq
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
@@ -32,6 +34,10 @@ class Batch:
     images: Tensor
     targets: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def on(self, device: torch.device) -> "Batch":
+        """The same there."""
+        return Batch(self.images.to(device), {name: t.to(device) for name, t in self.targets.items()})
+
 
 class Batches(Protocol):
     """Where a worker's images come from."""
@@ -42,90 +48,101 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Targets:
-    """The target columns that a training learns from: images without them are left out.
+class Decode:
+    """Rows of an ImageSet as arrays: image_id, image (uint8 [3, H, W]) and target columns.
 
-    ``labels``: the classes of the label column in order, whose numbers come instead.
+    A label becomes its number among ``classes`` (-1: another); see components.targets for depth and mask. Images
+    that lack one of the targets are left out.
     """
 
-    columns: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
+    targets: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
 
-    def train_rows(self, table: Any) -> Any:
-        """Which rows of an ImageSet's table are trained on."""
-        wanted = pc.equal(table["split"], "train")
-        for name in self.columns:
+    @property
+    def columns(self) -> list[str]:
+        """What is read of the table."""
+        return ["image_id", "split", "image", *self.targets]
+
+    def rows(self, table: pa.Table, split: str) -> pa.Table:
+        """Those of ``split`` that have every target."""
+        wanted = pc.equal(table["split"], split)
+        for name in self.targets:
             wanted = pc.and_(wanted, pc.is_valid(table[name]))
-        return wanted
+        return table.filter(wanted)
+
+    def __call__(self, table: Any) -> dict[str, Any]:
+        """For Ray Data."""
+        found = decode_targets(table, self.targets)
+        if "label" in found:
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            found["label"] = np.array([numbers.get(name, -1) for name in found["label"]], dtype=np.int64)
+        return {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist()), **found}
 
 
-NO_TARGETS = Targets()
-
-
-def count_train(images: ImageSet, targets: Targets = NO_TARGETS) -> dict[str, int]:
+def count_train(images: ImageSet, decode: Decode) -> dict[str, int]:
     """How many images each file of the table has to train on; only the columns that say so are read."""
-    counts = {}
-    for name, table in _tables(images, ["split", *targets.columns]):
-        counts[name] = int(pc.sum(targets.train_rows(table)).as_py() or 0)
-    return counts
+    tables = _tables(images, ["split", *decode.targets])
+    return {name: len(decode.rows(table, "train")) for name, table in tables}
 
 
-def labels_of(images: ImageSet) -> tuple[str, ...]:
-    """The labels of the train split, sorted."""
-    found: set[str] = set()
+def label_names(images: ImageSet) -> tuple[str, ...]:
+    """The different labels of the train split, sorted."""
+    names: set[str] = set()
     for _, table in _tables(images, ["split", "label"]):
-        found |= set(pc.unique(table["label"].filter(pc.equal(table["split"], "train"))).to_pylist())
-    return tuple(sorted(label for label in found if label is not None))
+        names |= set(table.filter(pc.equal(table["split"], "train"))["label"].drop_null().to_pylist())
+    return tuple(sorted(names))
 
 
-def train_dataset(images: ImageSet, targets: Targets) -> "ray.data.Dataset":
-    """The train split as a lazy Ray dataset: image_id, image (uint8 [3, H, W]) and the ``targets``."""
+def train_dataset(table_uri: str, counts: Mapping[str, int], decode: Decode, tasks: int) -> "ray.data.Dataset":
+    """The train split as a lazy Ray dataset of what ``decode`` makes, ``tasks`` files of the table at once.
+
+    The tasks ask for no CPU: workers that hold all of them would never see an image.
+    """
     import ray.data
-    from ray.data.expressions import col
 
-    store, path = filesystem(images.table_uri)
-    rows = ray.data.read_parquet(path, filesystem=store, columns=["image_id", "split", "image", *targets.columns])
-    wanted = col("split") == "train"
-    for name in targets.columns:
-        wanted &= col(name).is_not_null()
-    return rows.filter(expr=wanted).map_batches(decode, fn_args=(targets,), batch_format="pyarrow")
+    names = [{"name": name} for name, count in counts.items() if count]
+    files = ray.data.from_items(names, override_num_blocks=len(names))
+    return files.map_batches(partial(_read_train, table_uri, decode), batch_size=1, num_cpus=0, concurrency=tasks)
 
 
-def decode(table: Any, targets: Targets = NO_TARGETS) -> dict[str, Any]:
-    """Rows of an ImageSet as arrays; label as the number of its class, -1 for one that is none."""
-    columns = {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist())}
-    columns |= decode_targets(table, targets.columns)
-    if "label" in columns:
-        numbers = {label: number for number, label in enumerate(targets.labels)}
-        columns["label"] = np.array([numbers.get(label, -1) for label in columns["label"]], dtype=np.int64)
-    return columns
+def _read_train(table_uri: str, decode: Decode, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    store, folder = filesystem(table_uri)
+    table = pq.read_table(f"{folder}/{batch['name'][0]}", filesystem=store, columns=decode.columns)
+    return decode(decode.rows(table, "train"))
 
 
-def held_out(images: ImageSet, limit: int, share: Share | None = None) -> Batch:
+def held_out(images: ImageSet, limit: int, decode: Decode, share: Share | None = None) -> Batch:
     """At most ``limit`` images of the val split, those with the smallest ids; of these the ``share`` of one worker."""
-    found = heapq.nsmallest(limit, _val_rows(images))
+    found = heapq.nsmallest(limit, _val_rows(images, decode))
     share = share or Share(0, 1, 1)
     wanted = found[len(found) * share.start // share.of : len(found) * share.stop // share.of]
-    kept: dict[str, bytes] = {}
+    if not wanted:
+        return Batch(torch.empty(0, dtype=torch.uint8))
+    store, folder = filesystem(images.table_uri)
+    parts = []
     for name in sorted({name for _, name, _ in wanted}):
-        store, folder = filesystem(images.table_uri)
-        table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=["image_id", "image"])
-        rows = table.take([row for _, file, row in wanted if file == name])
-        kept |= dict(zip(rows["image_id"].to_pylist(), rows["image"].to_pylist(), strict=True))
-    pixels = stack([kept[image_id] for image_id, _, _ in wanted]) if wanted else np.empty(0, np.uint8)
-    return Batch(torch.from_numpy(pixels))
+        table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=decode.columns)
+        parts.append(table.take([row for _, file, row in wanted if file == name]))
+    return _batch(decode(pa.concat_tables(parts).sort_by("image_id")))
 
 
-def _val_rows(images: ImageSet) -> Iterator[tuple[str, str, int]]:
-    for name, table in _tables(images, ["image_id", "split"]):
-        rows = np.flatnonzero(np.asarray(table["split"]) == "val")
-        yield from ((table["image_id"][int(row)].as_py(), name, int(row)) for row in rows)
+def _val_rows(images: ImageSet, decode: Decode) -> Iterator[tuple[str, str, int]]:
+    """Id, file and place in it of each image of the val split that has the targets."""
+    for name, table in _tables(images, ["image_id", "split", *decode.targets]):
+        numbered = table.append_column("row", pa.array(np.arange(len(table))))
+        kept = decode.rows(numbered, "val")
+        yield from zip(kept["image_id"].to_pylist(), [name] * len(kept), kept["row"].to_pylist(), strict=True)
 
 
 def _tables(images: ImageSet, columns: list[str]) -> Iterator[tuple[str, Any]]:
     store, folder = filesystem(images.table_uri)
     for name in part_names(images.table_uri):
         yield name, pq.read_table(f"{folder}/{name}", filesystem=store, columns=columns)
+
+
+def _batch(block: Mapping[str, np.ndarray]) -> Batch:
+    columns = {name: torch.from_numpy(values) for name, values in block.items() if name != "image_id"}
+    return Batch(columns.pop("image"), columns)
 
 
 class CachedBatches:
@@ -137,8 +154,8 @@ class CachedBatches:
     def __init__(self, shard: "ray.data.DataIterator", *, share: Share, seed: int) -> None:
         blocks = list(shard.iter_batches(batch_size=512, prefetch_batches=1))
         columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-        order = np.argsort(columns.pop("image_id").astype(str))
-        self._columns = {name: torch.from_numpy(values[order]) for name, values in columns.items()}
+        order = np.argsort(columns["image_id"].astype(str))
+        self._whole = _batch({name: values[order] for name, values in columns.items()})
         self._number, self._share, self._seed = len(order), share, seed
 
     def at(self, step: int) -> Batch:
@@ -146,8 +163,7 @@ class CachedBatches:
         epoch, index = divmod(step, self._number // self._share.of)
         order = torch.randperm(self._number, generator=torch.Generator().manual_seed(self._seed + epoch))
         rows = order[index * self._share.of :][self._share.start : self._share.stop]
-        chosen = {name: values[rows] for name, values in self._columns.items()}
-        return Batch(chosen.pop("image"), chosen)
+        return Batch(self._whole.images[rows], {name: t[rows] for name, t in self._whole.targets.items()})
 
 
 class StreamedBatches:
@@ -160,8 +176,7 @@ class StreamedBatches:
     def at(self, step: int) -> Batch:
         """The next images; one execution of the dataset is one epoch."""
         for block in self._stream:
-            columns = {name: torch.from_numpy(values) for name, values in block.items() if name != "image_id"}
-            return Batch(columns.pop("image"), columns)
+            return _batch(block)
         self._stream = iter(
             self._shard.iter_batches(batch_size=self._size, prefetch_batches=2, drop_last=True, batch_format="numpy")
         )

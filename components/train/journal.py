@@ -89,8 +89,7 @@ class Journal:
         self.metrics(values, step)
         for row, picture in enumerate(pictures):
             self._behind and self._behind.picture(picture, f"held_out_{row:02d}", step)
-        if values:
-            self._run.progress(f"step {step}/{self._run.num_steps}  held out: {_in_short(values)}")
+        self._run.progress(f"step {step}/{self._run.num_steps}  held out: {_in_short(values)}")
 
     def metrics(self, values: dict[str, float], step: int) -> None:
         """Numbers for MLflow."""

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from components.artifacts import Artifact, ImageSet
 from components.config import OptimizerConfig, StageTraining, TrainResources
 from components.images import Share, random_resized_crop, recolour, to_float
-from components.train.data import Batch
+from components.train.data import Batch, Decode
 from components.train.optimizer import MovingAverage, build_optimizer, learning_rate
 from components.train.order import EpochOrder
 from components.train.parallel import Place, gathered, gradients_kept, like, spread, whole
@@ -39,6 +39,7 @@ class TrainRun:
     tracking: Mapping[str, str]
     progress: Callable[[str], None]
     checkpoints: str  # folder
+    decode: Decode = Decode()
     order: EpochOrder | None = None  # how images are streamed; None: they stay in each worker's memory
 
     @property
@@ -174,7 +175,7 @@ class Learner:
 
     def _passes(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The worker's share, augmented, in parts that fit its memory."""
-        train, size = self.run.config.train, self.run.resources.micro_batch or len(self.share)
+        train = self.run.config.train
         generator = step_generator(train.seed, self.steps_done)
         pixels = batch.images.to(self.place.device, non_blocking=True)
         if RECIPES[self.run.recipe].crops:
@@ -183,9 +184,16 @@ class Learner:
             pixels = to_float(pixels)
         if train.recolour:
             pixels = recolour(pixels, part=train.recolour, generator=generator, share=self.share)
-        for start in range(0, len(pixels), size):
-            rows = slice(start, start + size)
-            yield pixels[rows], {name: t[rows].to(self.place.device) for name, t in batch.targets.items()}
+        targets = {name: values.to(self.place.device) for name, values in batch.targets.items()}
+        for rows in torch.arange(len(pixels)).tensor_split(self._num_passes()):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            yield pixels[part], {name: values[part] for name, values in targets.items()}
+
+    def _num_passes(self) -> int:
+        """As many on every worker, since they meet in each; so where shares differ a pass may have an image more."""
+        smallest, left = divmod(self.share.of, self.place.world)
+        largest = smallest + bool(left)
+        return min(smallest, -(-largest // (self.run.resources.micro_batch or largest)))
 
     def _loss(self, pixels: Tensor, turn: Turn) -> Loss:
         # Every pass on every rank draws the same rollouts: a step costs what its longest rollout costs.
@@ -298,14 +306,14 @@ class Learner:
         return {name for name, _ in self.objective.named_buffers() if name.rpartition(".")[0] in trained | {""}}
 
     @torch.no_grad()
-    def evaluate(self, images: Tensor) -> dict[str, float]:
-        """Figures of the averaged weights on held-out uint8 images [n, 3, H, W] of all workers; none for no images."""
+    def evaluate(self, unseen: Batch) -> dict[str, float]:
+        """Figures of the averaged weights on the held-out images of all workers; none for no images."""
         recipe = RECIPES[self.run.recipe]
         self.objective.eval()
         with self.average.swapped_in(), whole(self.objective):
-            sums = recipe.evaluate(self.objective, images.to(self.place.device)) if len(images) else {}
+            sums = recipe.evaluate(self.objective, unseen.on(self.place.device)) if len(unseen.images) else {}
         self.objective.train()
-        return self._pooled(sums, len(images))
+        return self._pooled(sums, len(unseen.images))
 
     def _pooled(self, sums: Mapping[str, float], number: int) -> dict[str, float]:
         """Means over the images of all workers; under FSDP each had them all."""

@@ -73,7 +73,7 @@ def _steps(run: TrainRun, learner: Learner, batches: Batches, checkpoints: Check
     """Until the last step is done and kept."""
     resources, place = run.resources, learner.place
     share = None if resources.strategy == "fsdp" else Share.of_rank(place.rank, place.world, place.world)
-    unseen = held_out(run.images, run.config.train.eval_images, share).images
+    unseen = held_out(run.images, run.config.train.eval_images, run.decode, share)
     journal = Journal(run, learner)
     if learner.steps_done == 0 and RECIPES[run.recipe].goes_on:
         values = learner.evaluate(unseen)
@@ -88,7 +88,8 @@ def _steps(run: TrainRun, learner: Learner, batches: Batches, checkpoints: Check
         step, last = learner.steps_done, learner.steps_done == run.num_steps
         if last or step % resources.eval_every == 0:
             began = time.monotonic()
-            shown = unseen[: resources.pictures] if place.leads or resources.strategy == "fsdp" else unseen[:0]
+            number = resources.pictures if place.leads or resources.strategy == "fsdp" else 0
+            shown = unseen.images[:number]
             journal.evaluated(learner.evaluate(unseen), learner.pictures(shown))
             journal.interlude(began)
         if last or step % resources.checkpoint_every == 0:

@@ -19,7 +19,7 @@ from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
 from components.artifacts import filesystem
-from components.train.data import Targets, decode
+from components.train.data import Decode
 
 if TYPE_CHECKING:
     import ray.data
@@ -45,7 +45,7 @@ class EpochOrder:
 
     table_uri: str
     counts: Mapping[str, int]  # file -> images to train on in it
-    targets: Targets
+    decode: Decode
     batch: int
     image_bytes: int  # of one decoded image
     seed: int
@@ -101,9 +101,8 @@ class EpochOrder:
         store, folder = filesystem(self.table_uri)
         tables = []
         for name, first, last in self.rows(part):
-            columns = ["image_id", "split", "image", *self.targets.columns]
-            table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=columns)
-            tables.append(table.filter(self.targets.train_rows(table))[first:last])
+            table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=self.decode.columns)
+            tables.append(self.decode.rows(table, "train")[first:last])
         whole = pa.concat_tables(tables)
         return whole.take(np.random.default_rng(part.seed).permutation(len(whole)))
 
@@ -139,9 +138,9 @@ def _reader(order: EpochOrder, part: Part) -> Callable[[], list[pa.Table]]:
 class InOrder(DataConfig):
     """Hands each worker its parts in their order, on however many workers there are, from the newest checkpoint on."""
 
-    def __init__(self, order: EpochOrder, first_step: Callable[[], int]) -> None:
+    def __init__(self, order: EpochOrder, first_step: Callable[[], int], tasks: int) -> None:
         super().__init__()
-        self._order, self._first_step = order, first_step
+        self._order, self._first_step, self._tasks = order, first_step, tasks
 
     def configure(
         self,
@@ -157,8 +156,10 @@ class InOrder(DataConfig):
         output: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name in datasets:
             epochs = Epochs(self._order.on(world_size), self._first_step())
-            rows = ray.data.read_datasource(epochs, override_num_blocks=1)  # more would cut parts in pieces
-            images = rows.map_batches(decode, fn_args=(self._order.targets,), batch_format="pyarrow", batch_size=None)
+            # More blocks than one would cut parts in pieces; CPUs asked for here, workers may hold already.
+            limits: Any = {"num_cpus": 0, "concurrency": self._tasks}
+            rows = ray.data.read_datasource(epochs, override_num_blocks=1, **limits)
+            images = rows.map_batches(self._order.decode, batch_format="pyarrow", batch_size=None, **limits)
             options = self._resolve_execution_options(name)
             options.preserve_order = True
             images.context.execution_options = options

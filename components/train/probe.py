@@ -13,15 +13,15 @@ def train_probe(job: Job, *, config: JudgeStageConfig, resources: TrainResources
     """
     import ray
 
-    from components.train.data import labels_of
+    from components.train.data import label_names
     from components.train.stages import train
 
-    labels = labels_of(images) if config.target == "label" else ()
+    labels = label_names(images) if config.target == "label" else ()
     if config.target == "label" and len(labels) < 2:
         raise ValueError(f"judge 'probe': two labels at least are needed, the train split has {list(labels)}")
     known = config.model_copy(update={"labels": labels})
     fresh = resources.model_copy(update={"start": None, "strategy": "ddp"})
-    figures = train(job, "probe", known, fresh, {"images": images})
+    figures = train(job, f"probe_{config.target}", known, fresh, {"images": images})
     remote = ray.remote(num_cpus=resources.cpus_per_worker, num_gpus=resources.gpus_per_worker, max_retries=2)
     tried = ray.get(remote(_finish).remote(job, config, images))
     return {**figures, **tried}

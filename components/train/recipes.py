@@ -22,17 +22,17 @@ from components.config import (
     OptimizerConfig,
     StageTraining,
 )
-from components.images import to_float
+from components.images import to_float, to_uint8
 from components.judges.efficientnet import SIZE_PX
 from components.judges.probe import Probe, ProbeConfig, ProbeObjective
 from components.task_config import JudgeStageConfig
-from components.train.data import NO_TARGETS, Targets
+from components.train.data import Batch
 from model import AlitTokenizer
 from model.base import build_base
 from model.base.files import load_base, save_base
 from model.finetune import FinetuneObjective
 from model.metrics import METRICS
-from model.objectives import BaseObjective, DistillObjective, Objective
+from model.objectives import BaseObjective, DistillObjective, Objective, Turn
 
 EVAL_BATCH = 32
 
@@ -42,17 +42,12 @@ def no_rivals(_: Any) -> dict[str, OptimizerConfig]:
     return {}
 
 
-def no_targets(_: Any) -> Targets:
-    """Images are all there is to learn from."""
-    return NO_TARGETS
-
-
 @dataclass(frozen=True)
 class Recipe:
     """The places where stages differ."""
 
     build: Callable[[Any, Mapping[str, Artifact], str | None], Objective]  # (stage config, inputs, start)
-    evaluate: Callable[[Any, Tensor], dict[str, float]]  # (objective, uint8 images) -> sums over the images, by name
+    evaluate: Callable[[Any, Batch], dict[str, float]]  # (objective, held-out images) -> sums over them, by name
     save: Callable[[Any, Any, str], None]  # (objective, stage config, folder)
     score: str  # held-out figures whose names begin so are errors; their mean tells which checkpoint is best
     pictures: Callable[[Any, Tensor], list[np.ndarray]] | None = (
@@ -60,8 +55,8 @@ class Recipe:
     )
     rivals: Callable[[Any], dict[str, OptimizerConfig]] = no_rivals  # stage config -> the other players' optimizers
     goes_on: bool = False  # begins with trained weights, so their figures are worth knowing
-    targets: Callable[[Any], Targets] = no_targets  # stage config -> what of the images' source is learned from
-    crops: bool = True  # random resized crop and mirroring, the paper's augmentation
+    crops: bool = True  # random resized crop and mirroring, the paper's augmentation; targets are not cropped with them
+    targets: tuple[str, ...] = ()  # columns of the ImageSet that the objective learns from: label, depth, mask
 
 
 def build_base_objective(config: BaseStageConfig, inputs: Mapping[str, Artifact], start: str | None) -> BaseObjective:
@@ -109,10 +104,10 @@ def build_probe_objective(
     return ProbeObjective(made.train(), options.ignore)
 
 
-def evaluate_base(objective: BaseObjective, images: Tensor) -> dict[str, float]:
+def evaluate_base(objective: BaseObjective, unseen: Batch) -> dict[str, float]:
     """L1 and PSNR through the base's own bottleneck."""
     sums = {"l1": 0.0, "psnr": 0.0}
-    for part in images.split(EVAL_BATCH):
+    for part in unseen.images.split(EVAL_BATCH):
         pixels = to_float(part)
         restored = objective.base.autoencode(pixels, None).images.clamp(0, 1)
         for name in sums:
@@ -120,13 +115,13 @@ def evaluate_base(objective: BaseObjective, images: Tensor) -> dict[str, float]:
     return sums
 
 
-def evaluate_tokenizer(objective: DistillObjective | FinetuneObjective, images: Tensor) -> dict[str, float]:
+def evaluate_tokenizer(objective: DistillObjective | FinetuneObjective, unseen: Batch) -> dict[str, float]:
     """L1 at every budget, and the perceptual distance where the objective has one."""
     distances = {"l1": METRICS["l1"]}
     if isinstance(objective, FinetuneObjective) and objective.perceptual is not None:
         distances["perceptual"] = objective.perceptual
     sums: Counter[str] = Counter()
-    for part in images.split(EVAL_BATCH):
+    for part in unseen.images.split(EVAL_BATCH):
         pixels = to_float(part)
         for step in objective.tokenizer.rollout(pixels):
             restored = step.images.clamp(0, 1)
@@ -135,9 +130,15 @@ def evaluate_tokenizer(objective: DistillObjective | FinetuneObjective, images: 
     return dict(sums)
 
 
-def evaluate_probe(objective: ProbeObjective, images: Tensor) -> dict[str, float]:
-    """Nothing: it takes targets, and the stage tries the finished judge."""
-    return {}
+def evaluate_probe(objective: ProbeObjective, unseen: Batch) -> dict[str, float]:
+    """The loss."""
+    total = 0.0
+    for start in range(0, len(unseen.images), EVAL_BATCH):
+        rows = slice(start, start + EVAL_BATCH)
+        turn = Turn(targets={name: values[rows] for name, values in unseen.targets.items()})
+        images = to_float(unseen.images[rows])
+        total += objective(images, torch.Generator(), turn).total.item() * len(images)
+    return {"loss": total}
 
 
 def draw_base(objective: BaseObjective, images: Tensor) -> list[np.ndarray]:
@@ -154,8 +155,7 @@ def draw_tokenizer(objective: DistillObjective | FinetuneObjective, images: Tens
 
 def strips(columns: Sequence[Tensor]) -> list[np.ndarray]:
     """Float [n, 3, H, W] columns in [0, 1] side by side, as n uint8 pictures [H, W, 3]."""
-    side_by_side = torch.cat([column.float().clamp(0, 1) for column in columns], dim=3)
-    return list((side_by_side * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy())
+    return list(to_uint8(torch.cat([column.float() for column in columns], dim=3)))
 
 
 def save_base_tokenizer(objective: BaseObjective, config: BaseStageConfig, folder: str) -> None:
@@ -186,13 +186,11 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             rivals=lambda config: {"discriminator": config.discriminator},
             goes_on=True,
         ),
-        "probe": Recipe(
-            build_probe_objective,
-            evaluate_probe,
-            save_probe,
-            "loss",
-            targets=lambda config: Targets((config.target,), config.labels),
-            crops=False,
-        ),
+        **{
+            f"probe_{target}": Recipe(
+                build_probe_objective, evaluate_probe, save_probe, "loss", crops=False, targets=(target,)
+            )
+            for target in ("label", "depth", "mask")
+        },
     }
 )

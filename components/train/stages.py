@@ -48,23 +48,23 @@ def train(
     inputs: Mapping[str, Artifact],
 ) -> Figures:
     """Run the loop on Ray Train and save what its checkpoint holds. Raises ValueError for too few images."""
-    from components.train.data import count_train
+    from components.train.data import Decode, count_train, label_names
     from components.train.learner import TrainRun
     from components.train.order import EpochOrder
     from components.train.recipes import RECIPES
 
     images = inputs["images"]
     assert isinstance(images, ImageSet)
-    targets = RECIPES[recipe].targets(config)
-    counts, batch = count_train(images, targets), config.train.batch_size
+    targets = RECIPES[recipe].targets
+    decode = Decode(targets, label_names(images) if "label" in targets else ())
+    counts, batch = count_train(images, decode), config.train.batch_size
     number, image_bytes = sum(counts.values()), 3 * config.image_size**2
     if number < batch:
-        raise ValueError(
-            f"training.{recipe}.batch_size = {batch}: the train split has only {number} images{_with(targets.columns)}"
-        )
+        having = f" with a {' and a '.join(targets)}" if targets else ""
+        raise ValueError(f"{recipe}: batch_size = {batch}, the train split has only {number} images{having}")
     order = None
     if number * image_bytes > resources.cache_mb * 2**20:
-        order = EpochOrder(images.table_uri, counts, targets, batch, image_bytes, config.train.seed)
+        order = EpochOrder(images.table_uri, counts, decode, batch, image_bytes, config.train.seed)
         for world in range(resources.worker_range.min, resources.worker_range.max + 1):
             order.on(world)  # says what doesn't fit before workers start
     run = TrainRun(
@@ -73,6 +73,7 @@ def train(
         resources=resources,
         images=images,
         inputs=inputs,
+        decode=decode,
         order=order,
         checkpoints=join(job.scratch, "checkpoints"),
         tracking=job.tracking,
@@ -81,12 +82,8 @@ def train(
     figures: Figures = {"steps": run.num_steps, "train_images": number}
     if not run.num_steps:
         return figures | _take_over(job, run)
-    _fit(job, run)
+    _fit(job, run, counts)
     return figures | _save(job, run)
-
-
-def _with(columns: tuple[str, ...]) -> str:
-    return f" with {' and '.join(columns)}" if columns else ""
 
 
 def _take_over(job: Job, run: "TrainRun") -> Figures:
@@ -98,11 +95,11 @@ def _take_over(job: Job, run: "TrainRun") -> Figures:
 
     learner = Learner(run, Place(rank=0, world=1))
     RECIPES[run.recipe].save(learner.objective, run.config, job.output)
-    figures = learner.evaluate(held_out(run.images, run.config.train.eval_images).images)
+    figures = learner.evaluate(held_out(run.images, run.config.train.eval_images, run.decode))
     return {name.removeprefix("val/"): value for name, value in figures.items()}
 
 
-def _fit(job: Job, run: "TrainRun") -> None:
+def _fit(job: Job, run: "TrainRun", counts: Mapping[str, int]) -> None:
     """Raises FloatingPointError for a training that diverged."""
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -110,7 +107,6 @@ def _fit(job: Job, run: "TrainRun") -> None:
     from components.train.data import SHARD, train_dataset
     from components.train.loop import train_loop
     from components.train.order import InOrder
-    from components.train.recipes import RECIPES
 
     resources = run.resources
     per_worker = {"CPU": resources.cpus_per_worker}
@@ -121,8 +117,10 @@ def _fit(job: Job, run: "TrainRun") -> None:
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"run": run},
-        datasets={SHARD: train_dataset(run.images, RECIPES[run.recipe].targets(run.config))},
-        dataset_config=DataConfig(datasets_to_split=[]) if run.order is None else InOrder(run.order, first_step),
+        datasets={SHARD: train_dataset(run.images.table_uri, counts, run.decode, resources.data_tasks)},
+        dataset_config=DataConfig(datasets_to_split=[])
+        if run.order is None
+        else InOrder(run.order, first_step, resources.data_tasks),
         torch_config=TorchConfig(timeout_s=int(resources.stall_s)),
         scaling_config=ScalingConfig(
             num_workers=span.max if span.min == span.max else (span.min, span.max),
