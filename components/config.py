@@ -9,15 +9,18 @@ from typing import Annotated, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     model_validator,
 )
 
 from model.config import AlitConfig, BaseConfig, BaseObjectiveConfig, DistillConfig
+from model.recipes import FinetuneConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -81,40 +84,94 @@ class TrainConfig(Settings):
     seed: int = 0
     crop_scale: tuple[Fraction, Fraction] = (0.8, 1.0)  # random resized crop: share of the area
     recolour: Fraction = 0.0  # share of the images whose colours are shuffled and shifted; for few photographs
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast; fp16 scales the loss
     eval_images: PositiveInt = 256  # held-out images looked at in an evaluation
     optimizer: OptimizerConfig = OptimizerConfig()
+    result: Literal["last", "best"] = "last"  # the checkpoint whose averaged weights are the artifact
+
+
+class WorkerRange(Settings):
+    """An elastic number of workers: fewer go on when a node is lost, more when one comes back."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "WorkerRange":
+        if self.min > self.max:
+            raise ValueError(f"min = {self.min}: at most max = {self.max}")
+        return self
+
+
+def _workers_kind(value: object) -> str:
+    return "range" if isinstance(value, dict | WorkerRange) else "count"
+
+
+Workers = Annotated[
+    Annotated[PositiveInt, Tag("count")] | Annotated[WorkerRange, Tag("range")], Discriminator(_workers_kind)
+]
 
 
 class TrainResources(Settings):
-    """How training is spread out and how often it saves and speaks."""
+    """How training is spread out and how often it saves and speaks.
 
-    workers: PositiveInt = 2
+    The batch of a step is the config's whatever is here: with fewer workers each has more images of it, and takes them
+    ``micro_batch`` at a time. So neither the learning rate nor the number of steps follows the number of workers.
+    """
+
+    workers: Workers = 2  # or {min: …, max: …}
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
+    micro_batch: PositiveInt | None = None  # images a worker takes at once, gradients summed; None: its whole share
+    strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimizer are cut over the workers
+    compile: bool = False  # the transformer blocks through torch.compile
     checkpoint_every: PositiveInt = 500  # steps
+    keep_checkpoints: PositiveInt = 2  # the newest so many, and the best one
     eval_every: PositiveInt = 500  # steps
+    pictures: Annotated[int, Field(ge=0, le=16)] = 4  # held-out images shown in MLflow after each evaluation
     log_every: PositiveInt = 10  # steps
+    data_tasks: PositiveInt = 2  # files read and decoded at once, on CPUs that the workers may hold
     cache_mb: NonNegativeInt = 512  # a train split of at most so many MB of pixels stays in each worker's memory
     max_failures: NonNegativeInt = 2  # restarts of the worker group from the last checkpoint
+    max_skipped: NonNegativeInt = 20  # more steps in a row without a finite gradient end the training
+    stall_s: PositiveFloat = 1800.0  # a worker that keeps the others waiting for so long counts as dead
+    straggler_ratio: Annotated[float, Field(gt=1)] = 1.5  # a worker so much slower than the middle one is named
+    resize_s: PositiveFloat = 60.0  # elastic: how often it is looked whether there is room for more workers
     start: str | None = None  # folder of the Tokenizer to go on from; its digest is in the key
 
+    @property
+    def worker_range(self) -> WorkerRange:
+        """The number of workers as a range, of one where it is fixed."""
+        given = self.workers
+        return given if isinstance(given, WorkerRange) else WorkerRange(min=given, max=given)
 
-class BaseStageConfig(Settings):
-    """What decides a base tokenizer."""
+
+class StageTraining(Settings):
+    """What every stage that trains has in its config."""
 
     image_size: PositiveInt
-    base: BaseConfig
-    objective: BaseObjectiveConfig
     train: TrainConfig
 
 
-class DistillStageConfig(Settings):
+class BaseStageConfig(StageTraining):
+    """What decides a base tokenizer."""
+
+    base: BaseConfig
+    objective: BaseObjectiveConfig
+
+
+class DistillStageConfig(StageTraining):
     """What decides a tokenizer, besides its base."""
 
     tokenizer: AlitConfig
     objective: DistillConfig
-    train: TrainConfig
+
+
+class FinetuneStageConfig(StageTraining):
+    """What decides a finetuned tokenizer, besides the distilled one it begins with."""
+
+    objective: FinetuneConfig
+    discriminator: OptimizerConfig
 
 
 class NoConfig(Settings):

@@ -93,6 +93,26 @@ def to_float(images_BCHW: "torch.Tensor") -> "torch.Tensor":
     return images_BCHW.to(torch.float32) / 255
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which images of a training batch these are: numbers ``start`` up to ``stop`` of ``of``.
+
+    What is drawn for an image then depends on its place in the batch alone, not on how workers share the batch.
+    """
+
+    start: int
+    stop: int
+    of: int
+
+    @classmethod
+    def of_rank(cls, rank: int, world: int, batch: int) -> "Share":
+        """The share of worker ``rank`` of ``world``: as even as whole images allow."""
+        return cls(batch * rank // world, batch * (rank + 1) // world, batch)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
 def to_uint8(images_BCHW: "torch.Tensor") -> np.ndarray:
     """float pixels [B, C, H, W] in [0, 1] as uint8 [B, H, W, C] in 0..255, rounded, values beyond clamped."""
     import torch
@@ -101,7 +121,11 @@ def to_uint8(images_BCHW: "torch.Tensor") -> np.ndarray:
 
 
 def random_resized_crop(
-    images_BCHW: "torch.Tensor", *, scale: tuple[float, float], generator: "torch.Generator"
+    images_BCHW: "torch.Tensor",
+    *,
+    scale: tuple[float, float],
+    generator: "torch.Generator",
+    share: Share | None = None,
 ) -> "torch.Tensor":
     """A random crop of each image, resized back to H x W, and every second one mirrored: the paper's augmentation.
 
@@ -109,33 +133,39 @@ def random_resized_crop(
     share of the area in ``scale`` and a ratio of width to height in 3/4..4/3 (uniform in its logarithm); the whole
     image is kept where none of 10 tries fits, as in torchvision's RandomResizedCrop, which the official code uses. The
     resize is bilinear; it only ever enlarges, so it needs no antialiasing. All randomness is ``generator``'s.
+    ``share``: the images' places in a larger batch; None: they are all of it.
     """
     import torch
 
     images_BCHW = to_float(images_BCHW) if images_BCHW.dtype == torch.uint8 else images_BCHW
     batch, _, height, width = images_BCHW.shape
-    boxes = _random_boxes(batch, height, width, scale=scale, generator=generator)
-    mirrored = torch.rand(batch, generator=generator, device=generator.device) < 0.5
+    share = share or Share(0, batch, batch)
+    boxes = _random_boxes(share.of, height, width, scale=scale, generator=generator)[share.start : share.stop]
+    mirrored = torch.rand(share.of, generator=generator, device=generator.device)[share.start : share.stop] < 0.5
     return _crop(images_BCHW, boxes.to(images_BCHW.device), mirrored.to(images_BCHW.device))
 
 
-def recolour(images_BCHW: "torch.Tensor", *, share: float, generator: "torch.Generator") -> "torch.Tensor":
-    """A ``share`` of the images with their channels permuted and each channel's contrast and brightness changed.
+def recolour(
+    images_BCHW: "torch.Tensor", *, part: float, generator: "torch.Generator", share: Share | None = None
+) -> "torch.Tensor":
+    """A ``part`` of the images with their channels permuted and each channel's contrast and brightness changed.
 
-    float32 in [0, 1] in and out. Not the paper's: it makes many colour schemes of few photographs.
+    float32 in [0, 1] in and out; ``share`` as in :func:`random_resized_crop`. Not the paper's: it makes many colour
+    schemes of few photographs.
     """
     import torch
 
-    batch = len(images_BCHW)
+    share = share or Share(0, len(images_BCHW), len(images_BCHW))
 
     def draw(*shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=generator, device=generator.device).to(images_BCHW.device)
+        drawn = torch.rand(share.of, *shape, generator=generator, device=generator.device)
+        return drawn[share.start : share.stop].to(images_BCHW.device)
 
-    order = draw(batch, 3).argsort(dim=1)
+    order = draw(3).argsort(dim=1)
     permuted = images_BCHW.gather(1, order[:, :, None, None].expand_as(images_BCHW))
-    contrast, brightness = 0.6 + 0.8 * draw(batch, 3, 1, 1), 0.3 * (draw(batch, 1, 1, 1) - 0.5)
+    contrast, brightness = 0.6 + 0.8 * draw(3, 1, 1), 0.3 * (draw(1, 1, 1) - 0.5)
     changed = ((permuted - 0.5) * contrast + 0.5 + brightness).clamp(0, 1)
-    return torch.where(draw(batch, 1, 1, 1) < share, changed, images_BCHW)
+    return torch.where(draw(1, 1, 1) < part, changed, images_BCHW)
 
 
 def _random_boxes(

@@ -200,8 +200,7 @@ def _decode_row(row: dict[str, Any], work: Work) -> dict[str, Any]:
 
 
 def _listing_row(item: SourceObject) -> dict[str, Any]:
-    row = asdict(item)
-    return row | row.pop("targets")
+    return {"path": item.path, "size": item.size, "etag": item.etag, **vars(item.targets)}
 
 
 def _image_row(item: SourceObject, work: Work) -> dict[str, Any]:

@@ -122,7 +122,6 @@ def _nearest_square(values: np.ndarray, size: int) -> np.ndarray:
     """The centre square of ``values``, ``size`` x ``size`` px, each the value at its centre."""
     height, width = values.shape
     short = min(height, width)
-    steps = (np.arange(size) + 0.5) * (short / size)
-    rows = ((height - short) / 2 + steps).astype(np.intp)
-    columns = ((width - short) / 2 + steps).astype(np.intp)
+    steps = (2 * np.arange(size) + 1) * short  # in whole numbers, so that a centre between two pixels is no accident
+    rows, columns = (((side - short) * size + steps) // (2 * size) for side in (height, width))
     return values[rows[:, None], columns]

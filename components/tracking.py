@@ -1,14 +1,15 @@
 """The record in MLflow. The only module that imports mlflow.
 
 A pipeline run is one MLflow run with a child per stage. A :class:`Tracker` is plain strings, so it travels to Ray
-workers; nothing it does raises or blocks training for long: while the server is away metrics wait in memory and
-the rest is dropped, with one warning.
+workers; nothing it does raises: while the server is away metrics wait in memory and the rest is dropped, with one
+warning. :class:`Behind` is for training, which must not wait: a thread sends, and catches up after an outage.
 """
 
 import json
 import logging
 import os
 import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -36,6 +37,8 @@ ENVIRONMENT = {
 }
 OUTAGE_S = 30.0  # after a failure the server is left alone for so long
 BACKLOG_METRICS = 100_000  # kept per run while the server is away; the oldest go first
+BACKLOG_CALLS = 10_000  # kept by a Behind while the server is away; the oldest go first
+CATCH_UP_S = 60.0  # at the end of a training, for a server that is away
 METRICS_PER_CALL = 1000  # MLflow's limit
 PAIRS_PER_CALL = 100  # MLflow's limit for params and tags
 VALUE_LENGTH = 500
@@ -147,14 +150,90 @@ class Tracker:
 
     def _send(self, what: str, call: "Callable[[MlflowClient], Any]") -> bool:
         """Whether ``call`` went through; never raises, whatever MLflow, its database or the network does."""
-        if not self.run_id or time.monotonic() < _away_until.get(self.uri, 0.0):
-            return False
+        return time.monotonic() >= _away_until.get(self.uri, 0.0) and self._attempt(what, call) == "sent"
+
+    def _attempt(self, what: str, call: "Callable[[MlflowClient], Any]") -> Literal["sent", "refused", "away"]:
+        if not self.run_id:
+            return "refused"
         try:
             call(_client(self.uri))
-            return True
+            return "sent"
         except Exception as error:
             _note_failure(self.uri, what, error)
-            return False
+            return "refused" if _is_refusal(error) else "away"
+
+
+class Behind:
+    """A tracker whose calls return at once: a thread sends them in order, and again after an outage."""
+
+    RETRY_S = 2.0
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        self._calls: deque[tuple[str, Callable[[Any], Any]]] = deque(maxlen=BACKLOG_CALLS)
+        self._news = threading.Event()
+        self._closing: float | None = None  # monotonic time after which nothing is tried any more
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def metrics(self, values: Mapping[str, Any], step: int) -> None:
+        """Numbers at a step, with the time of this call."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        batch = [Metric(_name(k), float(v), now, step) for k, v in values.items() if _is_number(v)]
+        self._put("metrics", partial(_log_batch, self._tracker.run_id, metrics=batch))
+
+    def picture(self, pixels: "np.ndarray", key: str, step: int) -> None:
+        """A uint8 [H,W,3] image under ``key`` at a step."""
+        self._put("picture", lambda client: client.log_image(self._tracker.run_id, pixels, key=key, step=step))
+
+    def close(self, wait_s: float = CATCH_UP_S) -> int:
+        """Send what is left, for at most ``wait_s`` while the server is away; returns how many calls were not sent."""
+        self._closing = time.monotonic() + wait_s
+        self._news.set()
+        self._thread.join(wait_s + 60)
+        if self._calls:
+            _log.warning("MLflow at %s stayed away: %d calls were not recorded", self._tracker.uri, len(self._calls))
+        return len(self._calls)
+
+    def _put(self, what: str, call: "Callable[[Any], Any]") -> None:
+        if self._tracker.run_id:
+            self._calls.append((what, call))
+            self._news.set()
+
+    def _work(self) -> None:
+        while True:
+            self._news.wait()
+            self._news.clear()
+            while self._calls:
+                entry = self._calls[0]
+                if self._tracker._attempt(*entry) == "away":
+                    if self._closing is not None and time.monotonic() > self._closing:
+                        return
+                    time.sleep(self.RETRY_S)
+                elif self._calls and self._calls[0] is entry:  # a full queue has dropped it by now
+                    self._calls.popleft()
+            if self._closing is not None:
+                return
+
+
+def system_metrics() -> dict[str, float]:
+    """What MLflow's own monitors say of this machine now: CPU, memory, disk, network, and GPUs where there are some."""
+    from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+    from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
+    from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+    from mlflow.system_metrics.metrics.network_monitor import NetworkMonitor
+
+    values: dict[str, float] = {}
+    for monitor in (CPUMonitor, DiskMonitor, NetworkMonitor, GPUMonitor):
+        try:
+            one = monitor()
+            one.collect_metrics()
+            values |= {f"system/{name}": float(value) for name, value in one.aggregate_metrics().items()}
+        except Exception as error:  # no GPU, no driver, a container without /proc: each is a monitor less
+            _log.debug("no %s: %s", monitor.__name__, error)
+    return values
 
 
 def _note_failure(uri: str, what: str, error: Exception) -> None:

@@ -51,6 +51,11 @@ class FinetuneObjective(Objective):
         """The model, then the discriminator once it learns."""
         return ("model", "discriminator") if self.config.discriminator_learns(step) else ("model",)
 
+    @property
+    def revive_every(self) -> int:
+        """As the config has it."""
+        return self.config.revive_every
+
     def trainable(self, player: str = "model") -> dict[str, nn.Parameter]:
         """A player's parameters by name; the model's are all of the tokenizer but a VQGAN's codebook (as the paper)."""
         if player == "discriminator":

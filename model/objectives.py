@@ -79,6 +79,11 @@ class Objective(nn.Module, ABC):
     def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:
         """Loss of one player's turn on images [B, 3, H, W] in [0, 1]; ``generator`` draws all that is random."""
 
+    @property
+    def revive_every(self) -> int:
+        """Steps between revivals of unused codes (see ``health``); 0 is never."""
+        return 0
+
     def prepare(self, images: Tensor, generator: torch.Generator) -> None:
         """Before the first step of fresh weights."""
 
@@ -139,6 +144,11 @@ class BaseObjective(Objective):
         table = base.code_table()
         self.health = None if table is None else CodebookHealth(table, unit_length=False)
 
+    @property
+    def revive_every(self) -> int:
+        """As the config has it."""
+        return self.config.revive_every
+
     def trainable(self, player: str = "model") -> dict[str, nn.Parameter]:
         """Every parameter of the base, by name."""
         return dict(self.named_parameters())
@@ -163,6 +173,11 @@ class DistillObjective(Objective):
         self.tokenizer = tokenizer
         self.config = config
         self.health = latent_health(tokenizer)
+
+    @property
+    def revive_every(self) -> int:
+        """As the config has it."""
+        return self.config.revive_every
 
     def trainable(self, player: str = "model") -> dict[str, nn.Parameter]:
         """All but the base; the halting mask only where halting is on."""

@@ -15,6 +15,7 @@ from components.config import (
     IngestResources,
     MatrixConfig,
     MlflowSettings,
+    OptimizerConfig,
     PackConfig,
     PublishConfig,
     QualityConfig,
@@ -26,6 +27,7 @@ from components.config import (
 from components.sources import DEMO
 from components.task_config import TaskConfig
 from model.config import SIZES, AlitConfig, BaseObjectiveConfig, DistillConfig
+from model.recipes import FinetuneConfig
 from model.starter import STARTER
 
 READY = Path(__file__).parent / "configs"
@@ -46,8 +48,14 @@ class TrainSection(TrainConfig):
 
     def config(self, start: str | None) -> TrainConfig:
         """What the stage does from ``start``."""
-        values = self.model_dump(exclude={"further_steps"})
+        values = {name: getattr(self, name) for name in TrainConfig.model_fields}
         return TrainConfig(**{**values, "steps": self.further_steps if start else self.steps})
+
+
+class FinetuneSection(TrainSection):
+    """The finetuning stage: two players, each with its own optimizer."""
+
+    discriminator: OptimizerConfig | None = None  # None: as the model's; the authors' has a weight decay of 0.01
 
 
 class TrainingSection(TrainResources):
@@ -58,6 +66,8 @@ class TrainingSection(TrainResources):
     base_objective: BaseObjectiveConfig = BaseObjectiveConfig()
     distill: TrainSection
     distill_objective: DistillConfig = DistillConfig()
+    finetune: FinetuneSection | None = None  # None: the distilled tokenizer is the result
+    finetune_objective: FinetuneConfig = FinetuneConfig()
 
     @property
     def start_folder(self) -> str | None:
@@ -71,15 +81,34 @@ class TrainingSection(TrainResources):
 
     @model_validator(mode="after")
     def _check(self) -> "TrainingSection":
-        for name, section in (("base", self.base), ("distill", self.distill)):
-            if section.batch_size % self.workers:
-                raise ValueError(f"{name}.batch_size = {section.batch_size}: a multiple of workers = {self.workers}")
+        sections = {"base": self.base, "distill": self.distill, "finetune": self.finetune}
+        for name, section in ((name, section) for name, section in sections.items() if section is not None):
+            if section.batch_size < self.worker_range.max:
+                raise ValueError(
+                    f"{name}.batch_size = {section.batch_size}: at least one image a worker, and there are up to "
+                    f"{self.worker_range.max} workers"
+                )
             if self.start == "scratch" and not section.steps:
                 raise ValueError(f"{name}.steps = 0: at least 1 when training.from is scratch")
+        self._check_strategy()
         folder = self.start_folder
         if folder and not (Path(folder) / "config.json").is_file():
             raise ValueError(f"from = {self.start!r}: scratch, starter, or the folder of a Tokenizer artifact")
         return self
+
+    def _check_strategy(self) -> None:
+        if self.strategy == "ddp":
+            return
+        refused = {
+            "base_objective.revive_every": self.base_objective.revive_every,
+            "distill_objective.revive_every": self.distill_objective.revive_every,
+            "distill_objective.decoder_first_steps": self.distill_objective.decoder_first_steps,
+        }
+        for name, value in refused.items():
+            if value:
+                raise ValueError(f"{name} = {value}: 0 is needed with strategy = 'fsdp', whose weights are in pieces")
+        if self.finetune is not None:
+            raise ValueError("finetune = {…}: none with strategy = 'fsdp'; its two players need whole weights")
 
 
 class RunConfig(Settings):
@@ -233,6 +262,11 @@ def _merged(default: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     return result
 
 
+def _is_branch(part: str) -> bool:
+    """Whether pydantic put it into a place to say which of several types it tried."""
+    return part.endswith("Config") or part in {"count", "range"}
+
+
 def _lines(error: ValidationError) -> list[str]:
     """One line a mistake: field, value, what is allowed."""
     items = error.errors(include_url=False)
@@ -243,7 +277,7 @@ def _lines(error: ValidationError) -> list[str]:
     for item in inner or items:
         if item["loc"][:-1] in other and len(other) == 1:
             continue
-        path = ".".join(str(part) for part in item["loc"] if not str(part).endswith("Config"))
+        path = ".".join(str(part) for part in item["loc"] if not _is_branch(str(part)))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             lines.append(f"{path} = {item['input']!r}: there is no such key")

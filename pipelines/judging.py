@@ -32,7 +32,7 @@ def judging_stages(config: RunConfig) -> list[Stage]:
 
 def tokenizer_stage(config: RunConfig) -> str:
     """The stage that makes the Tokenizer everything after it uses."""
-    return "distill"
+    return "distill" if config.training.finetune is None else "finetune"
 
 
 def inference_demand(config: RunConfig, actors: int | None = None) -> Demand:

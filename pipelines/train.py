@@ -8,6 +8,7 @@ from typing import Any
 from components.config import (
     BaseStageConfig,
     DistillStageConfig,
+    FinetuneStageConfig,
     IngestConfig,
     IngestResources,
     IngestStageConfig,
@@ -24,8 +25,9 @@ from pipelines.selection import stages_from_scores
 
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
-    stages = [_ingest(config), _base(config), _distill(config), _tokenize(config), *judging_stages(config)]
-    return Pipeline("train", (*stages, *stages_from_scores(config)))
+    stages = [_ingest(config), _base(config), _distill(config), *_finetune(config), _tokenize(config)]
+    stages += [*judging_stages(config), *stages_from_scores(config)]
+    return Pipeline("train", tuple(stages))
 
 
 def options_of(
@@ -72,6 +74,7 @@ def _base(config: RunConfig) -> Stage:
         "base",
         run="components.train:train_base",
         produces="BaseTokenizer",
+        version="2",
         config=BaseStageConfig(
             image_size=config.data.image_size,
             base=config.tokenizer.base,
@@ -93,7 +96,9 @@ def _distill(config: RunConfig) -> Stage:
         "distill",
         run="components.train:distill",
         produces="Tokenizer",
+        version="2",
         config=DistillStageConfig(
+            image_size=config.data.image_size,
             tokenizer=config.tokenizer,
             objective=training.distill_objective,
             train=training.distill.config(training.start_folder),
@@ -106,6 +111,29 @@ def _distill(config: RunConfig) -> Stage:
     )
 
 
+def _finetune(config: RunConfig) -> list[Stage]:
+    training, section = config.training, config.training.finetune
+    if section is None:
+        return []
+    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
+    stage = Stage(
+        "finetune",
+        run="components.train:finetune",
+        produces="Tokenizer",
+        config=FinetuneStageConfig(
+            image_size=config.data.image_size,
+            objective=training.finetune_objective,
+            train=section.config(training.start_folder),
+            discriminator=section.discriminator or section.optimizer,
+        ),
+        resources=training.resources(),
+        needs={"images": "ingest", "distilled": "distill"},
+        demand=_training_demand(config),
+        headline=("steps", f"perceptual@{smallest}", f"perceptual@{largest}"),
+    )
+    return [stage]
+
+
 def _start(folder: str | None) -> dict[str, Any]:
     """The weights that training goes on from, by their content."""
     if folder is None:
@@ -115,11 +143,11 @@ def _start(folder: str | None) -> dict[str, Any]:
 
 def _training_demand(config: RunConfig) -> Demand:
     training = config.training
+    least = training.worker_range.min  # an elastic group begins with so many, and grows where there is room
     return Demand(
-        cpus=training.workers * training.cpus_per_worker,
-        gpus=training.workers * training.gpus_per_worker,
-        data_cpus=1,
-        workers=training.workers,
+        cpus=least * training.cpus_per_worker,
+        gpus=least * training.gpus_per_worker,
+        workers=least,
         setting="training",
     )
 

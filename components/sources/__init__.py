@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -72,5 +72,5 @@ def listing_digest(objects: Iterator[SourceObject]) -> str:
     """sha256 over the path, size and etag of each object, in order."""
     digest = hashlib.sha256()
     for item in objects:
-        digest.update(json.dumps(astuple(item)).encode() + b"\n")
+        digest.update(json.dumps([item.path, item.size, item.etag]).encode() + b"\n")
     return digest.hexdigest()

@@ -1,17 +1,25 @@
 """Training batches from Ray Data shards of an ImageSet.
 
-Legend: B images a step over all workers, b = B / workers, N images in the train split.
+Legend: B images a step over all workers, b = this worker's share of them, N images in the train split.
 """
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from components.artifacts import ImageSet, filesystem, read_batches
-from components.images import stack
+from components.artifacts import ImageSet, filesystem
+from components.images import Share, stack
+from components.mapping import part_names
+from components.targets import decode_targets
 
 if TYPE_CHECKING:
     import ray.data
@@ -19,34 +27,114 @@ if TYPE_CHECKING:
 SHARD = "train"
 
 
+@dataclass(frozen=True)
+class Batch:
+    """A worker's images of one step, uint8 [b, 3, H, W], and what their source says of them, by column."""
+
+    images: Tensor
+    targets: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> "Batch":
+        """The same there."""
+        return Batch(self.images.to(device), {name: t.to(device) for name, t in self.targets.items()})
+
+
 class Batches(Protocol):
     """Where a worker's images come from."""
 
-    def at(self, step: int) -> Tensor:
-        """This worker's images of ``step``, uint8 [b, 3, H, W]."""
+    def at(self, step: int) -> Batch:
+        """This worker's share of ``step``."""
         ...
 
 
-def train_dataset(images: ImageSet) -> "ray.data.Dataset":
-    """The train split as a lazy Ray dataset: image_id, image (uint8 [3, H, W])."""
+def count_train(images: ImageSet) -> dict[str, int]:
+    """How many images of the train split each file of the table has; only that column is read."""
+    counts = {}
+    for name, table in _tables(images, ["split"]):
+        counts[name] = int(pc.sum(pc.equal(table["split"], "train")).as_py() or 0)
+    return counts
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Rows of an ImageSet as arrays: image_id, image (uint8 [3, H, W]) and target columns.
+
+    A label becomes its number among ``classes`` (-1: none, or another); see components.targets for depth and mask.
+    """
+
+    targets: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> list[str]:
+        """What is read of the table."""
+        return ["image_id", "split", "image", *self.targets]
+
+    def __call__(self, table: Any) -> dict[str, Any]:
+        """For Ray Data."""
+        found = decode_targets(table, self.targets)
+        if "label" in found:
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            found["label"] = np.array([numbers.get(name, -1) for name in found["label"]], dtype=np.int64)
+        return {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist()), **found}
+
+
+def label_names(images: ImageSet) -> tuple[str, ...]:
+    """The different labels of the train split, sorted."""
+    names: set[str] = set()
+    for _, table in _tables(images, ["split", "label"]):
+        names |= set(table.filter(pc.equal(table["split"], "train"))["label"].drop_null().to_pylist())
+    return tuple(sorted(names))
+
+
+def train_dataset(table_uri: str, counts: Mapping[str, int], decode: Decode, tasks: int) -> "ray.data.Dataset":
+    """The train split as a lazy Ray dataset of what ``decode`` makes, ``tasks`` files of the table at once.
+
+    The tasks ask for no CPU: workers that hold all of them would never see an image.
+    """
     import ray.data
 
-    store, path = filesystem(images.table_uri)
-    rows = ray.data.read_parquet(path, filesystem=store, columns=["image_id", "split", "image"])
-    return rows.filter(expr="split == 'train'").map_batches(_decode, batch_format="pyarrow")
+    names = [{"name": name} for name, count in counts.items() if count]
+    files = ray.data.from_items(names, override_num_blocks=len(names))
+    return files.map_batches(partial(_read_train, table_uri, decode), batch_size=1, num_cpus=0, concurrency=tasks)
 
 
-def _decode(table: Any) -> dict[str, Any]:
-    return {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist())}
+def _read_train(table_uri: str, decode: Decode, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    store, folder = filesystem(table_uri)
+    table = pq.read_table(f"{folder}/{batch['name'][0]}", filesystem=store, columns=decode.columns)
+    return decode(table.filter(pc.equal(table["split"], "train")))
 
 
-def held_out(images: ImageSet, limit: int) -> Tensor:
-    """At most ``limit`` images of the val split, uint8 [n, 3, H, W], those with the smallest ids."""
-    kept: dict[str, bytes] = {}
-    for batch in read_batches(images.table_uri, columns=["image_id", "split", "image"], batch_rows=1024):
-        kept |= {row["image_id"]: row["image"] for row in batch.to_pylist() if row["split"] == "val"}
-        kept = {name: kept[name] for name in sorted(kept)[:limit]}
-    return torch.from_numpy(stack(list(kept.values()))) if kept else torch.empty(0, dtype=torch.uint8)
+def held_out(images: ImageSet, limit: int, decode: Decode, share: Share | None = None) -> Batch:
+    """At most ``limit`` images of the val split, those with the smallest ids; of these the ``share`` of one worker."""
+    found = heapq.nsmallest(limit, _val_rows(images))
+    share = share or Share(0, 1, 1)
+    wanted = found[len(found) * share.start // share.of : len(found) * share.stop // share.of]
+    if not wanted:
+        return Batch(torch.empty(0, dtype=torch.uint8))
+    store, folder = filesystem(images.table_uri)
+    parts = []
+    for name in sorted({name for _, name, _ in wanted}):
+        table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=decode.columns)
+        parts.append(table.take([row for _, file, row in wanted if file == name]))
+    return _batch(decode(pa.concat_tables(parts).sort_by("image_id")))
+
+
+def _val_rows(images: ImageSet) -> Iterator[tuple[str, str, int]]:
+    for name, table in _tables(images, ["image_id", "split"]):
+        rows = np.flatnonzero(np.asarray(table["split"]) == "val")
+        yield from ((table["image_id"][int(row)].as_py(), name, int(row)) for row in rows)
+
+
+def _tables(images: ImageSet, columns: list[str]) -> Iterator[tuple[str, Any]]:
+    store, folder = filesystem(images.table_uri)
+    for name in part_names(images.table_uri):
+        yield name, pq.read_table(f"{folder}/{name}", filesystem=store, columns=columns)
+
+
+def _batch(block: Mapping[str, np.ndarray]) -> Batch:
+    columns = {name: torch.from_numpy(values) for name, values in block.items() if name != "image_id"}
+    return Batch(columns.pop("image"), columns)
 
 
 class CachedBatches:
@@ -55,42 +143,36 @@ class CachedBatches:
     So a run that is broken off and gone on with sees the same batches, and so does one on another number of workers.
     """
 
-    def __init__(self, shard: "ray.data.DataIterator", *, batch: int, rank: int, world: int, seed: int) -> None:
-        ids, images = [], []
-        for block in shard.iter_batches(batch_size=512, prefetch_batches=1):
-            ids.append(block["image_id"])
-            images.append(block["image"])
-        order = np.argsort(np.concatenate(ids).astype(str))
-        self._images = torch.from_numpy(np.concatenate(images)[order])
-        self._batch, self._rank, self._share, self._seed = batch, rank, batch // world, seed
+    def __init__(self, shard: "ray.data.DataIterator", *, share: Share, seed: int) -> None:
+        blocks = list(shard.iter_batches(batch_size=512, prefetch_batches=1))
+        columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+        order = np.argsort(columns["image_id"].astype(str))
+        self._whole = _batch({name: values[order] for name, values in columns.items()})
+        self._number, self._share, self._seed = len(order), share, seed
 
-    def at(self, step: int) -> Tensor:
+    def at(self, step: int) -> Batch:
         """This worker's share of batch ``step``; each epoch is a new permutation, its incomplete last batch dropped."""
-        epoch, index = divmod(step, len(self._images) // self._batch)
-        order = torch.randperm(len(self._images), generator=torch.Generator().manual_seed(self._seed + epoch))
-        start = index * self._batch + self._rank * self._share
-        return self._images[order[start : start + self._share]]
+        epoch, index = divmod(step, self._number // self._share.of)
+        order = torch.randperm(self._number, generator=torch.Generator().manual_seed(self._seed + epoch))
+        rows = order[index * self._share.of :][self._share.start : self._share.stop]
+        return Batch(self._whole.images[rows], {name: t[rows] for name, t in self._whole.targets.items()})
 
 
 class StreamedBatches:
-    """A train split of any size, streamed and shuffled within a buffer; a resumed run begins at a fresh epoch."""
+    """A train split of any size, streamed in the order of components.train.order, from ``first_step`` on."""
 
-    def __init__(self, shard: "ray.data.DataIterator", *, batch: int, world: int, seed: int, first_step: int) -> None:
-        self._shard, self._share, self._seed, self._epoch = shard, batch // world, seed, first_step
+    def __init__(self, shard: "ray.data.DataIterator", *, share: Share, skip: int) -> None:
+        self._shard, self._size, self._skip = shard, len(share), skip
         self._stream: Iterator[dict[str, Any]] = iter(())
 
-    def at(self, step: int) -> Tensor:
-        """The next images; ``step`` only orders the epochs."""
+    def at(self, step: int) -> Batch:
+        """The next images; one execution of the dataset is one epoch."""
         for block in self._stream:
-            return torch.from_numpy(block["image"])
+            return _batch(block)
         self._stream = iter(
-            self._shard.iter_batches(
-                batch_size=self._share,
-                prefetch_batches=2,
-                local_shuffle_buffer_size=self._share * 16,
-                local_shuffle_seed=self._seed + self._epoch,
-                drop_last=True,
-            )
+            self._shard.iter_batches(batch_size=self._size, prefetch_batches=2, drop_last=True, batch_format="numpy")
         )
-        self._epoch += 1
+        for _ in range(self._skip):
+            next(self._stream)
+        self._skip = 0
         return self.at(step)

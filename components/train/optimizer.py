@@ -7,7 +7,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from components.config import OptimizerConfig, TrainConfig
+from components.config import OptimizerConfig
+from components.train.parallel import like
 
 TABLES = ("codebook", "class_token", "mask_token", "latent_tokens", "positions", "rollout_embedding")
 
@@ -25,10 +26,9 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=1.0, betas=config.betas)
 
 
-def learning_rate(step: int, num_steps: int, config: TrainConfig) -> float:
+def learning_rate(step: int, num_steps: int, settings: OptimizerConfig, batch_size: int) -> float:
     """The rate of ``step`` (from 0): linear warm-up, then half a cosine down to min_lr at the last step."""
-    settings = config.optimizer
-    peak = settings.lr if settings.lr is not None else settings.base_lr * config.batch_size / 256
+    peak = settings.lr if settings.lr is not None else settings.base_lr * batch_size / 256
     warmup = min(settings.warmup_steps, num_steps // 2)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -50,6 +50,12 @@ class MovingAverage:
         decay = min(self.decay, (1 + step) / (10 + step))
         averages = [self.values[name] for name in self.parameters]
         torch._foreach_lerp_(averages, [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        """Take ``values``, of whole tensors, as the average."""
+        for name, average in self.values.items():
+            average.copy_(like(values[name], average))
 
     @contextmanager
     def swapped_in(self) -> Iterator[None]:

@@ -3,34 +3,57 @@
 A further stage is one more :class:`Recipe` and one more function in stages.py.
 """
 
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from components.artifacts import Artifact, BaseTokenizer
-from components.config import BaseStageConfig, DistillStageConfig
-from components.images import to_float
+from components.artifacts import Artifact, BaseTokenizer, local_folder
+from components.config import (
+    BaseStageConfig,
+    DistillStageConfig,
+    FinetuneStageConfig,
+    OptimizerConfig,
+    StageTraining,
+)
+from components.images import to_float, to_uint8
+from components.train.data import Batch
 from model import AlitTokenizer
 from model.base import build_base
 from model.base.files import load_base, save_base
+from model.finetune import FinetuneObjective
 from model.metrics import METRICS
-from model.objectives import BaseObjective, DistillObjective
+from model.objectives import BaseObjective, DistillObjective, Objective
 
 EVAL_BATCH = 32
 
 
+def no_rivals(_: Any) -> dict[str, OptimizerConfig]:
+    """The model is the only player."""
+    return {}
+
+
 @dataclass(frozen=True)
 class Recipe:
-    """The three places where stages differ."""
+    """The places where stages differ."""
 
-    build: Callable[[Any, Mapping[str, Artifact], str | None], Any]  # (stage config, inputs, start) -> objective
-    evaluate: Callable[[Any, Tensor], dict[str, float]]  # (objective, uint8 images) -> named values
+    build: Callable[[Any, Mapping[str, Artifact], str | None], Objective]  # (stage config, inputs, start)
+    evaluate: Callable[[Any, Batch], dict[str, float]]  # (objective, held-out images) -> sums over them, by name
     save: Callable[[Any, Any, str], None]  # (objective, stage config, folder)
+    score: str  # held-out figures whose names begin so are errors; their mean tells which checkpoint is best
+    pictures: Callable[[Any, Tensor], list[np.ndarray]] | None = (
+        None  # (objective, uint8 images) -> uint8 [H, W, 3] each
+    )
+    rivals: Callable[[Any], dict[str, OptimizerConfig]] = no_rivals  # stage config -> the other players' optimizers
+    goes_on: bool = False  # begins with trained weights, so their figures are worth knowing
+    crops: bool = True  # random resized crop and mirroring, the paper's augmentation; targets are not cropped with them
+    targets: tuple[str, ...] = ()  # columns of the ImageSet that the objective learns from: label, depth, mask
 
 
 def build_base_objective(config: BaseStageConfig, inputs: Mapping[str, Artifact], start: str | None) -> BaseObjective:
@@ -51,36 +74,62 @@ def build_distill_objective(
         raise ValueError(f"training.from: {found}, the config asks for {config.tokenizer}")
     base = inputs["base"]
     assert isinstance(base, BaseTokenizer)
-    tokenizer.base.load_state_dict(load_base(base.uri).state_dict())
+    with local_folder(base.uri) as folder:
+        tokenizer.base.load_state_dict(load_base(folder).state_dict())
     return DistillObjective(tokenizer.train(), config.objective)
 
 
-def evaluate_base(objective: BaseObjective, images: Tensor) -> dict[str, float]:
-    """Held-out L1 and PSNR through the base's own bottleneck."""
-    totals = {"l1": 0.0, "psnr": 0.0}
-    for part in images.split(EVAL_BATCH):
+def build_finetune_objective(
+    config: FinetuneStageConfig, inputs: Mapping[str, Artifact], start: str | None
+) -> FinetuneObjective:
+    """The distilled tokenizer and fresh discriminators."""
+    distilled = inputs["distilled"]
+    with local_folder(distilled.uri) as folder:
+        tokenizer = AlitTokenizer.load(folder)
+    return FinetuneObjective(tokenizer.train(), config.objective)
+
+
+def evaluate_base(objective: BaseObjective, unseen: Batch) -> dict[str, float]:
+    """L1 and PSNR through the base's own bottleneck."""
+    sums = {"l1": 0.0, "psnr": 0.0}
+    for part in unseen.images.split(EVAL_BATCH):
         pixels = to_float(part)
         restored = objective.base.autoencode(pixels, None).images.clamp(0, 1)
-        for name in totals:
-            totals[name] += METRICS[name](pixels, restored).sum().item()
-    return {f"val/{name}": total / len(images) for name, total in totals.items()}
+        for name in sums:
+            sums[name] += METRICS[name](pixels, restored).sum().item()
+    return sums
 
 
-def evaluate_tokenizer(objective: DistillObjective, images: Tensor) -> dict[str, float]:
-    """Held-out L1 at every budget, and how many codes are used."""
-    tokenizer = objective.tokenizer
-    totals = dict.fromkeys(tokenizer.budgets, 0.0)
-    used: list[Tensor] = []
-    for part in images.split(EVAL_BATCH):
+def evaluate_tokenizer(objective: DistillObjective | FinetuneObjective, unseen: Batch) -> dict[str, float]:
+    """L1 at every budget, and the perceptual distance where the objective has one."""
+    distances = {"l1": METRICS["l1"]}
+    if isinstance(objective, FinetuneObjective) and objective.perceptual is not None:
+        distances["perceptual"] = objective.perceptual
+    sums: Counter[str] = Counter()
+    for part in unseen.images.split(EVAL_BATCH):
         pixels = to_float(part)
-        for step in tokenizer.rollout(pixels):
-            totals[step.num_tokens] += METRICS["l1"](pixels, step.images.clamp(0, 1)).sum().item()
-            if step.codes is not None:
-                used.append(step.codes.unique())
-    values = {f"val/l1@{budget}": total / len(images) for budget, total in totals.items()}
-    if used and tokenizer.config.codebook_size:
-        values["val/codes_used"] = len(torch.cat(used).unique()) / tokenizer.config.codebook_size
-    return values
+        for step in objective.tokenizer.rollout(pixels):
+            restored = step.images.clamp(0, 1)
+            for name, distance in distances.items():
+                sums[f"{name}@{step.num_tokens}"] += distance(pixels, restored).sum().item()
+    return dict(sums)
+
+
+def draw_base(objective: BaseObjective, images: Tensor) -> list[np.ndarray]:
+    """Each image beside its reconstruction."""
+    pixels = to_float(images)
+    return strips([pixels, objective.base.autoencode(pixels, None).images])
+
+
+def draw_tokenizer(objective: DistillObjective | FinetuneObjective, images: Tensor) -> list[np.ndarray]:
+    """Each image beside its reconstruction at every budget, the fewest tokens first."""
+    pixels = to_float(images)
+    return strips([pixels, *(step.images for step in objective.tokenizer.rollout(pixels))])
+
+
+def strips(columns: Sequence[Tensor]) -> list[np.ndarray]:
+    """Float [n, 3, H, W] columns in [0, 1] side by side, as n uint8 pictures [H, W, 3]."""
+    return list(to_uint8(torch.cat([column.float() for column in columns], dim=3)))
 
 
 def save_base_tokenizer(objective: BaseObjective, config: BaseStageConfig, folder: str) -> None:
@@ -88,14 +137,23 @@ def save_base_tokenizer(objective: BaseObjective, config: BaseStageConfig, folde
     save_base(objective.base, config.base, Path(folder))
 
 
-def save_tokenizer(objective: DistillObjective, config: DistillStageConfig, folder: str) -> None:
-    """The artifact of the distill stage."""
+def save_tokenizer(objective: DistillObjective | FinetuneObjective, config: StageTraining, folder: str) -> None:
+    """The artifact of the distill and the finetune stage."""
     objective.tokenizer.save(folder)
 
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "base": Recipe(build_base_objective, evaluate_base, save_base_tokenizer),
-        "distill": Recipe(build_distill_objective, evaluate_tokenizer, save_tokenizer),
+        "base": Recipe(build_base_objective, evaluate_base, save_base_tokenizer, "l1", draw_base),
+        "distill": Recipe(build_distill_objective, evaluate_tokenizer, save_tokenizer, "l1", draw_tokenizer),
+        "finetune": Recipe(
+            build_finetune_objective,
+            evaluate_tokenizer,
+            save_tokenizer,
+            "perceptual",
+            draw_tokenizer,
+            rivals=lambda config: {"discriminator": config.discriminator},
+            goes_on=True,
+        ),
     }
 )

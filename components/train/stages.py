@@ -1,114 +1,172 @@
 """The stages that train: what they read, how Ray Train is asked, what they leave."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-import pyarrow.compute as pc
+from components.artifacts import Artifact, BaseTokenizer, Figures, ImageSet, Job, Tokenizer, join
+from components.config import (
+    BaseStageConfig,
+    DistillStageConfig,
+    FinetuneStageConfig,
+    StageTraining,
+    TrainResources,
+)
 
-from components.artifacts import Artifact, BaseTokenizer, Figures, ImageSet, Job, read_batches
-from components.config import BaseStageConfig, DistillStageConfig, TrainResources
+if TYPE_CHECKING:
+    from components.train.checkpoints import Checkpoints
+    from components.train.learner import TrainRun
 
 
 def train_base(job: Job, *, config: BaseStageConfig, resources: TrainResources, images: ImageSet) -> Figures:
     """Train the 2D base tokenizer; the artifact is a BaseTokenizer of the averaged weights."""
-    return _train(job, "base", config, resources, {"images": images})
+    return train(job, "base", config, resources, {"images": images})
 
 
 def distill(
     job: Job, *, config: DistillStageConfig, resources: TrainResources, images: ImageSet, base: BaseTokenizer
 ) -> Figures:
     """Train the recurrent tokenizer around the frozen base (paper stage 1); the artifact is a Tokenizer."""
-    return _train(job, "distill", config, resources, {"images": images, "base": base})
+    return train(job, "distill", config, resources, {"images": images, "base": base})
 
 
-def _train(
+def finetune(
+    job: Job, *, config: FinetuneStageConfig, resources: TrainResources, images: ImageSet, distilled: Tokenizer
+) -> Figures:
+    """Train all of the tokenizer against a discriminator (paper stage 2); the artifact is a Tokenizer.
+
+    Figures: held-out errors at each budget, and under ``start/`` those of the distilled tokenizer.
+    """
+    return train(job, "finetune", config, resources, {"images": images, "distilled": distilled})
+
+
+def train(
     job: Job,
     recipe: str,
-    config: BaseStageConfig | DistillStageConfig,
+    config: StageTraining,
     resources: TrainResources,
-    inputs: Mapping[str, Any],
+    inputs: Mapping[str, Artifact],
 ) -> Figures:
-    """Run the loop on Ray Train and save what its last checkpoint holds."""
-    from components.train.loop import TrainRun
+    """Run the loop on Ray Train and save what its checkpoint holds. Raises ValueError for too few images."""
+    from components.train.data import Decode, count_train, label_names
+    from components.train.learner import TrainRun
+    from components.train.order import EpochOrder
+    from components.train.recipes import RECIPES
 
-    images: ImageSet = inputs["images"]
-    number = _count_train(images)
-    if number < config.train.batch_size:
-        raise ValueError(
-            f"training.{recipe}.batch_size = {config.train.batch_size}: the train split has only {number} images"
-        )
-    size = config.image_size if isinstance(config, BaseStageConfig) else config.tokenizer.image_size[0]
+    images = inputs["images"]
+    assert isinstance(images, ImageSet)
+    counts, batch = count_train(images), config.train.batch_size
+    number, image_bytes = sum(counts.values()), 3 * config.image_size**2
+    if number < batch:
+        raise ValueError(f"training.{recipe}.batch_size = {batch}: the train split has only {number} images")
+    targets = RECIPES[recipe].targets
+    decode = Decode(targets, label_names(images) if "label" in targets else ())
+    order = None
+    if number * image_bytes > resources.cache_mb * 2**20:
+        order = EpochOrder(images.table_uri, counts, decode, batch, image_bytes, config.train.seed)
+        for world in range(resources.worker_range.min, resources.worker_range.max + 1):
+            order.on(world)  # says what doesn't fit before workers start
     run = TrainRun(
         recipe=recipe,
         config=config,
         resources=resources,
         images=images,
-        inputs={name: artifact for name, artifact in inputs.items() if isinstance(artifact, Artifact)},
-        cached=number * 3 * size * size <= resources.cache_mb * 2**20,
+        inputs=inputs,
+        decode=decode,
+        order=order,
+        checkpoints=join(job.scratch, "checkpoints"),
         tracking=job.tracking,
         progress=job.progress,
     )
     figures: Figures = {"steps": run.num_steps, "train_images": number}
-    return figures | (_fit(job, run) if run.num_steps else _take_over(job, run))
+    if not run.num_steps:
+        return figures | _take_over(job, run)
+    _fit(job, run, counts)
+    return figures | _save(job, run)
 
 
-def _count_train(images: ImageSet) -> int:
-    batches = read_batches(images.table_uri, columns=["split"])
-    return sum(pc.sum(pc.equal(batch.column(0), "train")).as_py() or 0 for batch in batches)
-
-
-def _take_over(job: Job, run: Any) -> Figures:
+def _take_over(job: Job, run: "TrainRun") -> Figures:
     """No steps were asked for: the given weights are the result."""
     from components.train.data import held_out
-    from components.train.loop import Learner, Place, evaluate
+    from components.train.learner import Learner
+    from components.train.parallel import Place
     from components.train.recipes import RECIPES
 
     learner = Learner(run, Place(rank=0, world=1))
     RECIPES[run.recipe].save(learner.objective, run.config, job.output)
-    figures = evaluate(learner, held_out(run.images, run.config.train.eval_images))
+    figures = learner.evaluate(held_out(run.images, run.config.train.eval_images, run.decode))
     return {name.removeprefix("val/"): value for name, value in figures.items()}
 
 
-def _fit(job: Job, run: Any) -> Figures:
-    from ray.train import CheckpointConfig, DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+def _fit(job: Job, run: "TrainRun", counts: Mapping[str, int]) -> None:
+    """Raises FloatingPointError for a training that diverged."""
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     from components.train.data import SHARD, train_dataset
     from components.train.loop import train_loop
+    from components.train.order import InOrder
 
-    resources: TrainResources = run.resources
+    resources = run.resources
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
+    span = resources.worker_range
+    first_step = partial(_newest_step, run.checkpoints)
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={"run": run},
-        datasets={SHARD: train_dataset(run.images)},
-        dataset_config=DataConfig(datasets_to_split=[] if run.cached else "all"),
+        datasets={SHARD: train_dataset(run.images.table_uri, counts, run.decode, resources.data_tasks)},
+        dataset_config=DataConfig(datasets_to_split=[])
+        if run.order is None
+        else InOrder(run.order, first_step, resources.data_tasks),
+        torch_config=TorchConfig(timeout_s=int(resources.stall_s)),
         scaling_config=ScalingConfig(
-            num_workers=resources.workers,
+            num_workers=span.max if span.min == span.max else (span.min, span.max),
             use_gpu=resources.gpus_per_worker > 0,
             resources_per_worker=per_worker,
+            elastic_resize_monitor_interval_s=resources.resize_s,
         ),
         run_config=RunConfig(
             name=job.key,
             storage_path=job.scratch,
             failure_config=FailureConfig(max_failures=resources.max_failures),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
     )
-    job.progress(f"starting {resources.workers} workers for {run.num_steps} steps")
-    return _save(job, run, trainer.fit().checkpoint)
+    workers = f"{span.max} workers" if span.min == span.max else f"{span.min} to {span.max} workers"
+    job.progress(f"starting {workers} for {run.num_steps} steps")
+    said = trainer.fit().return_value or {}
+    if "error" in said:
+        raise FloatingPointError(said["error"])
 
 
-def _save(job: Job, run: Any, checkpoint: Any) -> Figures:
-    """The averaged weights of the last checkpoint as the stage's artifact, and its figures."""
-    from components.train.loop import Learner, Place, read_state
+def _newest_step(checkpoints: str) -> int:
+    """The step that a group of workers goes on from."""
+    standing = _open(checkpoints, _silent).standing()
+    return standing[-1].step if standing else 0
+
+
+def _open(uri: str, say: Callable[[str], None]) -> "Checkpoints":
+    from components.train.checkpoints import Checkpoints
+
+    return Checkpoints(uri, keep=1, say=say)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _save(job: Job, run: "TrainRun") -> Figures:
+    """The averaged weights of the checkpoint that the config asks for as the stage's artifact, and its figures."""
+    from components.train.learner import Learner
+    from components.train.parallel import Place
     from components.train.recipes import RECIPES
 
+    checkpoints = _open(run.checkpoints, job.progress)
+    step = checkpoints.best() if run.config.train.result == "best" else run.num_steps
     learner = Learner(run, Place(rank=0, world=1))
-    with checkpoint.as_directory() as folder:
-        learner.load(read_state(folder))
+    learner.load(checkpoints.read(step))
     learner.average.copy_to_parameters(learner.average.values)
     RECIPES[run.recipe].save(learner.objective, run.config, job.output)
-    return {name.removeprefix("val/"): value for name, value in learner.metrics.items()}
+    figures: dict[str, Any] = {name.removeprefix("val/"): value for name, value in learner.metrics.items()}
+    return {**figures, "step": step, "skipped_steps": learner.skipped}

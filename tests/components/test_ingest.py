@@ -154,9 +154,11 @@ def test_relative_source_becomes_absolute(tmp_path, monkeypatch):
 
 def test_listing_a_source_needs_no_heavy_import(tmp_path):
     put(tmp_path, "1.png")
+    (tmp_path / "list.csv").write_text("uri\n1.png\n")
     code = (
         "import sys; from components.config import DataConfig; from components.sources import open_source\n"
-        f"for source in ('demo', {str(tmp_path)!r}): open_source(DataConfig(source=source)).digest()\n"
+        f"for source in ('demo', {str(tmp_path)!r}, '{tmp_path}/list.csv'):\n"
+        "    open_source(DataConfig(source=source)).digest()\n"
         "heavy = {'torch', 'ray', 'mlflow', 'skimage', 'sklearn', 'numpy', 'PIL', 'pyarrow'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

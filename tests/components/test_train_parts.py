@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components.config import OptimizerConfig, TrainConfig
-from components.images import recolour
-from components.train.data import CachedBatches
-from components.train.loop import Learner, Place, TrainRun
+from components.images import Share, recolour
+from components.train.data import Batch, CachedBatches
+from components.train.learner import Learner, TrainRun
 from components.train.optimizer import MovingAverage, build_optimizer, learning_rate
+from components.train.parallel import Place
 from model import SIZES, AlitTokenizer
 from model.config import DistillConfig
 from model.objectives import DistillObjective
@@ -39,8 +40,8 @@ def test_norms_biases_and_tables_do_not_decay(objective: DistillObjective) -> No
 
 @given(steps=st.integers(2, 500), warmup=st.integers(0, 100))
 def test_learning_rate_rises_then_falls(steps: int, warmup: int) -> None:
-    config = TrainConfig(steps=steps, batch_size=64, optimizer=OptimizerConfig(base_lr=1.5e-4, warmup_steps=warmup))
-    rates = [learning_rate(step, steps, config) for step in range(steps)]
+    config = OptimizerConfig(base_lr=1.5e-4, warmup_steps=warmup)
+    rates = [learning_rate(step, steps, config, 64) for step in range(steps)]
     top = int(np.argmax(rates))
     assert max(rates) <= 1.5e-4 * 64 / 256 * (1 + 1e-9)
     assert all(a <= b for a, b in zip(rates[:top], rates[1 : top + 1], strict=True))
@@ -74,18 +75,18 @@ class Shard:
             yield {"image_id": np.array([f"{i:04d}" for i in part]), "image": self.images[part]}
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_batches_depend_on_seed_and_step_alone(world: int) -> None:
     images = np.arange(50, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 2, 2), np.uint8)
     shuffled = np.random.default_rng(world).permutation(50)
     ranks = [
-        CachedBatches(Shard(images, shuffled), batch=8, rank=rank, world=world, seed=3)  # type: ignore[arg-type]
+        CachedBatches(Shard(images, shuffled), share=Share.of_rank(rank, world, 8), seed=3)  # type: ignore[arg-type]
         for rank in range(world)
     ]
-    alone = CachedBatches(Shard(images, np.arange(50)), batch=8, rank=0, world=1, seed=3)  # type: ignore[arg-type]
+    alone = CachedBatches(Shard(images, np.arange(50)), share=Share(0, 8, 8), seed=3)  # type: ignore[arg-type]
     for step in (0, 5, 6, 23):
-        assert torch.equal(torch.cat([rank.at(step) for rank in ranks]), alone.at(step))
-    epoch = torch.cat([alone.at(step)[:, 0, 0, 0] for step in range(6)])
+        assert torch.equal(torch.cat([rank.at(step).images for rank in ranks]), alone.at(step).images)
+    epoch = torch.cat([alone.at(step).images[:, 0, 0, 0] for step in range(6)])
     assert len(epoch.unique()) == 48
 
 
@@ -93,11 +94,11 @@ def test_recolour_keeps_shape_range_and_its_share() -> None:
     from skimage.data import astronaut
 
     photo = torch.from_numpy(astronaut()[:64, :64].transpose(2, 0, 1).copy()).float()[None].repeat(200, 1, 1, 1) / 255
-    changed = recolour(photo, share=0.5, generator=torch.Generator().manual_seed(0))
+    changed = recolour(photo, part=0.5, generator=torch.Generator().manual_seed(0))
     assert changed.shape == photo.shape and changed.min() >= 0 and changed.max() <= 1
     different = (changed != photo).flatten(1).any(1).float().mean()
     assert 0.35 < different < 0.65
-    assert torch.equal(recolour(photo, share=0.0, generator=torch.Generator()), photo)
+    assert torch.equal(recolour(photo, part=0.0, generator=torch.Generator()), photo)
 
 
 def test_a_checkpoint_holds_all_that_a_step_needs(tmp_path: Any) -> None:
@@ -113,23 +114,23 @@ def test_a_checkpoint_holds_all_that_a_step_needs(tmp_path: Any) -> None:
         objective=BaseObjectiveConfig(revive_every=4),
         train=TrainConfig(steps=12, batch_size=4, recolour=0.5),
     )
-    run = TrainRun("base", config, TrainResources(), ImageSet("", ""), {}, True, {}, print)
+    run = TrainRun("base", config, TrainResources(), ImageSet("", ""), {}, {}, print, "")
     images = torch.randint(0, 256, (6, 4, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     whole = Learner(run, Place(0, 1))
     for step in range(6):
-        whole.step(images[step])
+        whole.step(Batch(images[step]))
     first = Learner(run, Place(0, 1))
     for step in range(3):
-        first.step(images[step])
+        first.step(Batch(images[step]))
     stored = io.BytesIO()
     torch.save(first.state(), stored)
     stored.seek(0)
     second = Learner(run, Place(0, 1))
     second.load(torch.load(stored, weights_only=True))
     for step in range(3, 6):
-        second.step(images[step])
-    for name, parameter in whole.trainable.items():
-        assert torch.equal(parameter, second.trainable[name]), name
+        second.step(Batch(images[step]))
+    for name, parameter in whole.players["model"].parameters.items():
+        assert torch.equal(parameter, second.players["model"].parameters[name]), name
         assert torch.equal(whole.average.values[name], second.average.values[name]), name
 
 

@@ -26,7 +26,10 @@ MISTAKES = {
     "data.source=/no/such/folder": ("/no/such/folder", "no such folder"),
     "data.source=s3://bucket/photos": ("s3://bucket/photos", "not supported yet"),
     "training.from=/no/such/model": ("training.from = '/no/such/model'", "scratch, starter"),
-    "training.distill.batch_size=9": ("batch_size = 9", "multiple of workers"),
+    "training.distill.batch_size=1": ("distill.batch_size = 1", "at least one image a worker"),
+    "training.workers={min: 3, max: 2}": ("training.workers", "min = 3"),
+    "training.workers={min: 1, max: 2, step: 1}": ("training.workers.step", "no such key"),
+    "training.strategy=fsdp": ("base_objective.revive_every = 100", "fsdp"),
     "nonsense": ("nonsense", "KEY=VALUE"),
     "tasks.7.name=x": ("tasks.7.name=x", "nothing at '7'"),
 }

@@ -1,0 +1,346 @@
+"""What one step does, and all that it changes.
+
+Everything random in a step follows from (seed, step), and from an image's place in the batch, so a checkpoint needs no
+generator state and the same step comes out on any number of workers, up to the rounding of sums.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from components.artifacts import Artifact, ImageSet
+from components.config import OptimizerConfig, StageTraining, TrainResources
+from components.images import Share, random_resized_crop, recolour, to_float
+from components.train.data import Batch, Decode
+from components.train.optimizer import MovingAverage, build_optimizer, learning_rate
+from components.train.order import EpochOrder
+from components.train.parallel import Place, gathered, gradients_kept, like, spread, whole
+from components.train.recipes import RECIPES
+from model.blocks import Block
+from model.objectives import Loss, Objective, Turn, train_only
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What a worker needs to know."""
+
+    recipe: str
+    config: StageTraining
+    resources: TrainResources
+    images: ImageSet
+    inputs: Mapping[str, Artifact]
+    tracking: Mapping[str, str]
+    progress: Callable[[str], None]
+    checkpoints: str  # folder
+    decode: Decode = Decode()
+    order: EpochOrder | None = None  # how images are streamed; None: they stay in each worker's memory
+
+    @property
+    def num_steps(self) -> int:
+        """Steps to do in all."""
+        return self.config.train.steps
+
+
+class Diverged(FloatingPointError):
+    """Too many steps in a row without a finite gradient."""
+
+
+@dataclass
+class Player:
+    """One side of the objective with its own optimizer; usually there is only the model."""
+
+    parameters: dict[str, nn.Parameter]
+    config: OptimizerConfig
+    optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
+
+    @classmethod
+    def of(cls, parameters: dict[str, nn.Parameter], config: OptimizerConfig, run: TrainRun, device: str) -> "Player":
+        """A player at the first step."""
+        scaler = torch.amp.GradScaler(device, enabled=run.config.train.precision == "fp16")
+        return cls(parameters, config, build_optimizer(parameters, config), scaler)
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; all workers call this."""
+        return {
+            "weights": gathered({name: p.detach() for name, p in self.parameters.items()}),
+            "optimizer": gathered(self.optimizer.state_dict()),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state`."""
+        for name, parameter in self.parameters.items():
+            parameter.copy_(like(state["weights"][name], parameter))
+        ordered = [p for group in self.optimizer.param_groups for p in group["params"]]
+        moments = {
+            number: {name: like(value, ordered[number]) for name, value in values.items()}
+            for number, values in state["optimizer"]["state"].items()
+        }
+        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        if state["scaler"]:
+            self.scaler.load_state_dict(state["scaler"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Sums of a step's numbers over this worker's images, still on its device."""
+
+    values: dict[str, Tensor]
+    norm: Tensor
+    forward_s: float
+
+
+class Learner:
+    """The objective with all that a step changes; what a checkpoint holds."""
+
+    def __init__(self, run: TrainRun, place: Place) -> None:
+        torch.manual_seed(run.config.train.seed)
+        self.run, self.place = run, place
+        self.share = Share.of_rank(place.rank, place.world, run.config.train.batch_size)
+        self.objective: Objective = RECIPES[run.recipe].build(run.config, run.inputs, run.resources.start)
+        self.objective.to(place.device).average = place.mean
+        self.resting: tuple[str, ...] | None = None
+        self.steps_done = self.skipped = self.skipped_in_a_row = 0
+        self.metrics: dict[str, float] = {}
+        self.model: nn.Module = self.objective
+        self._seat()
+
+    def _seat(self) -> None:
+        """Players, and their average, for the parameters as they are now."""
+        train, device = self.run.config.train, self.place.device.type
+        configs = {"model": train.optimizer} | RECIPES[self.run.recipe].rivals(self.run.config)
+        self.players = {
+            name: Player.of(self.objective.trainable(name), config, self.run, device)
+            for name, config in configs.items()
+        }
+        self.average = MovingAverage(self.players["model"].parameters, train.optimizer.ema_decay)
+
+    def prepare(self, batch: Batch) -> None:
+        """Before the first step of fresh weights, with the first images; rank 0's weights are what all begin with."""
+        generator = step_generator(self.run.config.train.seed, 0)
+        self.objective.prepare(to_float(batch.images.to(self.place.device)), generator)
+        if self.place.world > 1:
+            for parameter in self.objective.parameters():
+                dist.broadcast(parameter.data, src=0)
+        self.average = MovingAverage(self.players["model"].parameters, self.run.config.train.optimizer.ema_decay)
+
+    def spread_out(self) -> None:
+        """Once weights are in place: wrapped for many workers, compiled where that is asked for."""
+        if self.run.resources.strategy == "fsdp":
+            state = self.state()
+            self.model = spread(self.objective, self.place, "fsdp", game=False)
+            self._seat()
+            self.load(state)
+        if self.run.resources.compile:
+            for module in self.objective.modules():
+                if isinstance(module, Block):
+                    module.compile(dynamic=True)
+
+    def step(self, batch: Batch) -> Outcome:
+        """One update on uint8 images [b, 3, H, W]; numbers stay on device."""
+        self._let_rest()
+        passes = list(self._passes(batch))
+        made: list[Any] = [None] * len(passes)
+        values: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        forward_s = 0.0
+        for name in self.objective.players(self.steps_done):
+            player = self.players[name]
+            player.optimizer.zero_grad(set_to_none=True)
+            for number, (pixels, targets) in enumerate(passes):
+                with gradients_kept(self.model, number < len(passes) - 1):
+                    began = time.monotonic()
+                    loss = self._loss(pixels, Turn(name, self.steps_done, made[number], targets))
+                    forward_s += time.monotonic() - began
+                    weight = (
+                        len(pixels) * self.place.world / self.share.of
+                    )  # so that the mean over ranks is the batch's
+                    player.scaler.scale(loss.total * weight).backward()
+                made[number] = loss.made
+                _add(values, name, loss, len(pixels))
+            norms[name] = self._update(player)
+        self.average.update(self.steps_done)
+        self.steps_done += 1
+        self._revive()
+        return Outcome(values, norms["model"], forward_s)
+
+    def _passes(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """The worker's share, augmented, in parts that fit its memory."""
+        train, size = self.run.config.train, self.run.resources.micro_batch or len(self.share)
+        generator = step_generator(train.seed, self.steps_done)
+        pixels = batch.images.to(self.place.device, non_blocking=True)
+        if RECIPES[self.run.recipe].crops:
+            pixels = random_resized_crop(pixels, scale=train.crop_scale, generator=generator, share=self.share)
+        else:
+            pixels = to_float(pixels)
+        if train.recolour:
+            pixels = recolour(pixels, part=train.recolour, generator=generator, share=self.share)
+        for start in range(0, len(pixels), size):
+            rows = slice(start, start + size)
+            yield pixels[rows], {name: t[rows].to(self.place.device) for name, t in batch.targets.items()}
+
+    def _loss(self, pixels: Tensor, turn: Turn) -> Loss:
+        # Every pass on every rank draws the same rollouts: a step costs what its longest rollout costs.
+        generator = step_generator(self.run.config.train.seed, self.steps_done)
+        dtype = AUTOCAST.get(self.run.config.train.precision)
+        with torch.autocast(pixels.device.type, dtype, enabled=dtype is not None):
+            return self.model(pixels, generator, turn)
+
+    def _update(self, player: Player) -> Tensor:
+        """Clip and step, or skip the step where the gradient is not finite, which all workers see alike."""
+        player.scaler.unscale_(player.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(player.parameters.values(), player.config.clip_norm)
+        norm = gathered(norm.detach())
+        for group in player.optimizer.param_groups:
+            group["lr"] = self.rate(player)
+        if bool(torch.isfinite(norm)):
+            player.scaler.step(player.optimizer)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        player.scaler.update()
+        return norm
+
+    def rate(self, player: Player | None = None) -> float:
+        """The learning rate of the step that comes next, the model's by default."""
+        settings = (player or self.players["model"]).config
+        return learning_rate(self.steps_done, self.run.num_steps, settings, self.share.of)
+
+    def told(self, outcome: Outcome) -> dict[str, float]:
+        """The step's numbers over the whole batch; all workers call this, and wait for their device."""
+        names = sorted(outcome.values)
+        sums = torch.stack([outcome.values[name].detach().float() for name in names])
+        means = self.place.sum(sums) / self.share.of
+        return dict(zip(names, means.tolist(), strict=True))
+
+    def check_finite(self, outcome: Outcome) -> None:
+        """Raises Diverged, on all workers alike, when too many steps in a row were skipped."""
+        if self.skipped_in_a_row <= self.run.resources.max_skipped:
+            return
+        total = float(outcome.values["loss"])
+        ranks = [rank for rank, value in enumerate(self.place.gather(total)) if not _finite(value)]
+        raise Diverged(
+            f"no finite gradient in {self.skipped_in_a_row} steps in a row, up to step {self.steps_done}; the loss "
+            f"itself is not finite on {f'ranks {ranks}' if ranks else 'no rank'}"
+        )
+
+    def _let_rest(self) -> None:
+        """Freeze what rests at this step. DDP is told anew when that changes: it waits for every gradient it knows."""
+        resting = self.objective.resting(self.steps_done)
+        if resting == self.resting:
+            return
+        self.resting = resting
+        everyone = {name: p for player in self.players.values() for name, p in player.parameters.items()}
+        train_only(self.objective, {n: p for n, p in everyone.items() if not resting or not n.startswith(resting)})
+        if self.run.resources.strategy == "ddp":
+            self.model = spread(self.objective, self.place, "ddp", game=len(self.players) > 1)
+
+    def _revive(self) -> None:
+        """Move dead codes at times in the first half; what rank 0 drew is what every rank gets."""
+        health, every = self.objective.health, self.objective.revive_every
+        due = every and self.steps_done % every == 0
+        if health is None or not due or self.steps_done > self.run.num_steps / 2:
+            return
+        self.pool_counts()
+        if self.place.leads:
+            health.revive(step_generator(self.run.config.train.seed, self.steps_done))
+        health.reset()
+        if self.place.world > 1:
+            dist.broadcast(health.codebook.weight.data, src=0)
+
+    def pool_counts(self) -> None:
+        """Bring what all ranks counted of the codes to rank 0; every rank calls this."""
+        health = self.objective.health
+        if health is None or self.place.world == 1:
+            return
+        dist.all_reduce(health.counts)
+        if not self.place.leads:
+            health.reset()
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as tensors and plain values; all workers call this, rank 0's is the one to keep."""
+        health = self.objective.health
+        return {
+            "health": None if health is None else health.state_dict(),
+            "steps_done": self.steps_done,
+            "skipped": [self.skipped, self.skipped_in_a_row],
+            "players": {name: player.state() for name, player in self.players.items()},
+            "average": gathered(self.average.values),
+            "buffers": {name: b for name, b in self.objective.named_buffers() if name in self._own_buffers()},
+            "metrics": self.metrics,
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from ``state``."""
+        self.steps_done = state["steps_done"]
+        self.skipped, self.skipped_in_a_row = state["skipped"]
+        for name, player in self.players.items():
+            player.load(state["players"][name])
+        self.average.load(state["average"])
+        for name, buffer in self.objective.named_buffers():
+            if name in state["buffers"]:
+                buffer.copy_(state["buffers"][name])
+        self.metrics = dict(state["metrics"])
+        if self.place.leads and state["health"] is not None and self.objective.health is not None:
+            self.objective.health.load_state_dict(state["health"])
+
+    def _own_buffers(self) -> set[str]:
+        """Names of what training itself changes: all but those of frozen networks."""
+        trained = {name.rpartition(".")[0] for player in self.players.values() for name in player.parameters}
+        return {name for name, _ in self.objective.named_buffers() if name.rpartition(".")[0] in trained | {""}}
+
+    @torch.no_grad()
+    def evaluate(self, unseen: Batch) -> dict[str, float]:
+        """Figures of the averaged weights on the held-out images of all workers; none for no images."""
+        recipe = RECIPES[self.run.recipe]
+        self.objective.eval()
+        with self.average.swapped_in(), whole(self.objective):
+            sums = recipe.evaluate(self.objective, unseen.on(self.place.device)) if len(unseen.images) else {}
+        self.objective.train()
+        return self._pooled(sums, len(unseen.images))
+
+    def _pooled(self, sums: Mapping[str, float], number: int) -> dict[str, float]:
+        """Means over the images of all workers; under FSDP each had them all."""
+        names = self.place.union(sums)
+        values = torch.tensor([number, *(sums.get(name, 0.0) for name in names)], dtype=torch.float64)
+        values = self.place.sum(values.to(self.place.device))
+        return {f"val/{name}": v / float(values[0]) for name, v in zip(names, values[1:].tolist(), strict=True)}
+
+    @torch.no_grad()
+    def pictures(self, images: Tensor) -> list[Any]:
+        """uint8 [H, W, 3] strips of the averaged weights, one an image: rank 0 shows what it has held out."""
+        draw = RECIPES[self.run.recipe].pictures
+        if draw is None or not len(images):
+            return []
+        self.objective.eval()
+        with self.average.swapped_in(), whole(self.objective):
+            strips = draw(self.objective, images.to(self.place.device))
+        self.objective.train()
+        return strips
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The generator of one step, the same on every worker."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def _add(values: dict[str, Tensor], player: str, loss: Loss, number: int) -> None:
+    """Add a pass's loss and its parts, weighted by its images."""
+    named = {"loss" if player == "model" else f"{player}/loss": loss.total}
+    for term in loss.terms:
+        named[term.name if term.num_tokens is None else f"{term.name}@{term.num_tokens}"] = term.value
+    for name, value in named.items():
+        values[name] = values.get(name, 0) + value.detach() * number
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0
