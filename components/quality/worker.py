@@ -31,7 +31,7 @@ class Wanted:
 
 
 class Featurizer:
-    """One row a sampled image: ``<network>_original`` [F], ``<network>_restored`` [K * F], ``projected`` [all L * D]."""
+    """A row a sampled image: ``<network>_original`` [F], ``<network>_restored`` [K * F], ``projected`` [all L * D]."""
 
     def __init__(self, wanted: Wanted) -> None:
         self._names = wanted.names

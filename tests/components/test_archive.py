@@ -22,6 +22,19 @@ def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return packed(tmp_path_factory.mktemp("archive"), sizes_images=0)[0]
 
 
+FIVE_LINES = """
+from torch.utils.data import DataLoader
+from components.archive import TokenArchiveDataset
+dataset = TokenArchiveDataset("path/to/archive", batch_size=64, seed=0)  # bucketed: equal lengths, no padding
+for image_ids, tokens in DataLoader(dataset, batch_size=None, num_workers=2):
+    assert tokens.shape == (len(image_ids), tokens.shape[1])  # int64 [B, L]
+"""
+
+
+def test_five_lines_read_an_archive(archive: Path) -> None:
+    exec(FIVE_LINES.replace("path/to/archive", str(archive)), {})
+
+
 def rows_of(batches) -> dict[str, list[int]]:
     found = [(name, ids.tolist()) for batch in batches for name, ids in zip(*batch, strict=True)]
     assert len(dict(found)) == len(found), "an image came twice"
