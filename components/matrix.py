@@ -277,7 +277,7 @@ def _draw(cells: Sequence[Cell], uri: str, title: str) -> None:
     largest = np.nanmax(np.abs(gains), axis=0, keepdims=True)
     figure = Figure(figsize=(2 + 0.9 * len(columns), 1.5 + 0.45 * len(rows)), dpi=120)
     axes = figure.add_subplot()
-    axes.imshow(gains / np.where(largest > 0, largest, 1), cmap="RdYlGn", vmin=-1, vmax=1, aspect="auto")
+    axes.imshow(gains / np.where(largest > 0, largest, 1), cmap="RdYlGn", vmin=-1, vmax=1, aspect="auto", alpha=0.6)
     for cell in cells:
         at = (columns.index(cell.column), rows.index(cell.criterion))
         axes.text(*at, f"{cell.mean:.3g}", ha="center", va="center", fontsize=7)
