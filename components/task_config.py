@@ -97,6 +97,18 @@ class JudgeStageConfig(Settings):
     kind: str  # of the task
     options: JudgeOptions = JudgeOptions()
     image_size: PositiveInt = 256
+    labels: tuple[str, ...] = ()  # of a probe of labels while it trains: its classes in order
+
+    @property
+    def train(self) -> ProbeTraining:
+        """As components.config.StageTraining has it."""
+        return self.options.train
+
+    @property
+    def target(self) -> Target | None:
+        """What a probe learns."""
+        kind = TASK_KINDS.get(self.kind)
+        return self.options.target or (kind.target if kind else None)
 
 
 class ScoredTask(Settings):

@@ -68,12 +68,17 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     run = add_config("run", _run, "Run what is missing.")
-    run.add_argument("--until", metavar="STAGE", help="run what this stage needs, and it")
-    run.add_argument("--force", action="append", default=[], metavar="STAGE", help="run a stage again though it stands")
+    _add_stages(run)
     plan = add_config("plan", _plan, "Say what would run and why.")
     plan.add_argument("--force", action="append", default=[], metavar="STAGE", help="as for run")
     add_config("graph", _graph, "Print the DAG as mermaid text.")
     add_config("status", _status, "Show stages, artifacts and sizes.")
+    submit = add_config("submit", _submit, "Run on a cluster, through Ray's job API.")
+    _add_stages(submit)
+    submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
+    submit.add_argument("--env", action="append", default=[], metavar="NAME", help="pass this variable on to the job")
+    submit.add_argument("--working-dir", default=".", metavar="DIR", help="the code to send (default: this folder)")
+    submit.add_argument("--no-wait", action="store_true", help="don't follow the job to its end")
     select = add_config("select", _select, "Choose token counts again from stored scores.")
     select.add_argument("--task", required=True, help="a task of the config")
     rule = select.add_mutually_exclusive_group(required=True)
@@ -97,6 +102,11 @@ def _parser() -> argparse.ArgumentParser:
     size.add_argument("--config", metavar="JSON", help="a file with the paper's own argument names, for another size")
     imported.add_argument("--output", required=True, help="a folder; made if missing")
     return parser
+
+
+def _add_stages(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--until", metavar="STAGE", help="run what this stage needs, and it")
+    parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="run a stage again if it stands")
 
 
 def _add_paths(parser: argparse.ArgumentParser, what: str) -> None:
@@ -128,6 +138,35 @@ def _run(options: argparse.Namespace) -> int:
     for line in lines_of(record):
         _out.info("%s", line)
     return record.exit_code
+
+
+def _submit(options: argparse.Namespace) -> int:
+    from components.artifacts import WorkspaceError
+    from pipelines.submit import Request, follow, send
+
+    until = ["--until", options.until] if options.until else []
+    request = Request(
+        config=options.config,
+        address=options.address,
+        overrides=options.set,
+        options=[*until, *(argument for stage in options.force for argument in ("--force", stage))],
+        environment=options.env,
+        working_dir=options.working_dir,
+    )
+    try:
+        job = send(request, _say)
+        if not options.no_wait:
+            return follow(job, _say)
+    except WorkspaceError as error:
+        _out.error("error: %s", error)
+        return 1
+    for line in job.commands():
+        _say(line)
+    return 0
+
+
+def _say(line: str) -> None:
+    _out.info("%s", line)
 
 
 def _known_stage(names: Sequence[str], name: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, ValidationInfo, model_validator
 
 from components.config import (
     DataConfig,
@@ -80,7 +80,7 @@ class TrainingSection(TrainResources):
         return TrainResources(**{**values, "start": self.start_folder})
 
     @model_validator(mode="after")
-    def _check(self) -> "TrainingSection":
+    def _check(self, info: ValidationInfo) -> "TrainingSection":
         sections = {"base": self.base, "distill": self.distill, "finetune": self.finetune}
         for name, section in ((name, section) for name, section in sections.items() if section is not None):
             if section.batch_size < self.worker_range.max:
@@ -92,7 +92,8 @@ class TrainingSection(TrainResources):
                 raise ValueError(f"{name}.steps = 0: at least 1 when training.from is scratch")
         self._check_strategy()
         folder = self.start_folder
-        if folder and not (Path(folder) / "config.json").is_file():
+        here = (info.context or {}).get("folders_exist", True)
+        if folder and here and not (Path(folder) / "config.json").is_file():
             raise ValueError(f"from = {self.start!r}: scratch, starter, or the folder of a Tokenizer artifact")
         return self
 
@@ -148,29 +149,34 @@ class RunConfig(Settings):
         raise ConfigError(f"--task {name!r}: allowed are {[task.name for task in self.tasks]}")
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(path: str, overrides: Sequence[str] = (), *, folders_exist: bool = True) -> RunConfig:
     """The run config in ``path`` (a file, or the name of a ready one) with ``key.path=value`` overrides.
 
+    ``folders_exist``: whether the folders it names must be there; not so for a run that another machine will do.
     Raises ConfigError.
     """
     raw = _read(path)
     for override in overrides:
         _override(raw, override)
     try:
-        return RunConfig.model_validate(_with_paths(_with_sizes(raw)))
+        checked = _with_paths(_with_sizes(raw))
+        return RunConfig.model_validate(checked, context={"folders_exist": folders_exist})
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "\n".join(_lines(error))) from error
 
 
+def config_file(path: str) -> Path:
+    """The file that ``path`` (a file, or the name of a ready config) means; raises ConfigError when there is none."""
+    for file in (Path(path), READY / f"{path}.yaml"):
+        if file.is_file():
+            return file
+    ready = sorted(found.stem for found in READY.glob("*.yaml"))
+    raise ConfigError(f"config {path!r}: no such file; ready ones are {ready}")
+
+
 def _read(path: str) -> dict[str, Any]:
-    file = Path(path)
-    if not file.is_file() and (READY / f"{path}.yaml").is_file():
-        file = READY / f"{path}.yaml"
-    if not file.is_file():
-        ready = sorted(found.stem for found in READY.glob("*.yaml"))
-        raise ConfigError(f"config {path!r}: no such file; ready ones are {ready}")
     try:
-        raw = yaml.safe_load(file.read_text())
+        raw = yaml.safe_load(config_file(path).read_text())
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):

@@ -19,7 +19,8 @@ from components.task_config import (
 from model.recipes import PerceptualConfig
 from model.weights import efficientnet_weights, perceptual_weights
 from pipelines.config import ConfigError, RunConfig
-from pipelines.dag import Demand, Stage
+from pipelines.dag import Stage
+from pipelines.demands import inference_demand, tokenizer_stage, training_demand
 
 
 def judging_stages(config: RunConfig) -> list[Stage]:
@@ -30,36 +31,19 @@ def judging_stages(config: RunConfig) -> list[Stage]:
         raise ConfigError(str(error)) from error
 
 
-def tokenizer_stage(config: RunConfig) -> str:
-    """The stage that makes the Tokenizer everything after it uses."""
-    return "distill" if config.training.finetune is None else "finetune"
-
-
-def inference_demand(config: RunConfig, actors: int | None = None) -> Demand:
-    """What a stage of inference actors takes."""
-    inference = config.inference
-    actors = inference.actors if actors is None else actors
-    return Demand(
-        cpus=actors * inference.cpus_per_actor,
-        gpus=actors * inference.gpus_per_actor,
-        workers=actors,
-        unit="actor",
-        setting="inference",
-    )
-
-
 def _judge(config: RunConfig, task: TaskConfig) -> Stage:
+    trained = task.judge == "probe"
     return Stage(
         f"judge.{task.name}",
-        run="components.judges.stage:make_judge",
+        run="components.train.probe:train_probe" if trained else "components.judges.stage:make_judge",
         produces="Judge",
         config=JudgeStageConfig(
             spec=task.judge, kind=task.kind, options=task.judge_options, image_size=config.data.image_size
         ),
-        resources=config.inference,
+        resources=config.training.resources() if trained else config.inference,
         needs={"images": "ingest"},
         fingerprint=_origin(task),
-        demand=inference_demand(config, actors=1),
+        demand=training_demand(config) if trained else inference_demand(config, actors=1),
         headline=("accuracy", "abs_rel", "miou", "constant", "skill", "gallery"),
     )
 

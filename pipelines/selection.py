@@ -10,7 +10,7 @@ from components.rules import column
 from components.task_config import TaskConfig
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Stage
-from pipelines.judging import inference_demand, tokenizer_stage
+from pipelines.demands import inference_demand, tokenizer_stage
 
 
 def stages_from_scores(config: RunConfig) -> list[Stage]:

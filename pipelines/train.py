@@ -18,7 +18,8 @@ from components.sources import open_source
 from components.tracking import DataSet
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
-from pipelines.judging import inference_demand, judging_stages, tokenizer_stage
+from pipelines.demands import inference_demand, tokenizer_stage, training_demand
+from pipelines.judging import judging_stages
 from pipelines.runner import RunOptions
 from pipelines.selection import stages_from_scores
 
@@ -26,8 +27,7 @@ from pipelines.selection import stages_from_scores
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
     stages = [_ingest(config), _base(config), _distill(config), *_finetune(config), _tokenize(config)]
-    stages += [*judging_stages(config), *stages_from_scores(config)]
-    return Pipeline("train", tuple(stages))
+    return Pipeline("train", (*stages, *judging_stages(config), *stages_from_scores(config)))
 
 
 def options_of(
@@ -84,7 +84,7 @@ def _base(config: RunConfig) -> Stage:
         resources=training.resources(),
         needs={"images": "ingest"},
         fingerprint=_start(training.start_folder),
-        demand=_training_demand(config),
+        demand=training_demand(config),
         headline=("steps", "l1"),
     )
 
@@ -106,7 +106,7 @@ def _distill(config: RunConfig) -> Stage:
         resources=training.resources(),
         needs={"images": "ingest", "base": "base"},
         fingerprint=_start(training.start_folder),
-        demand=_training_demand(config),
+        demand=training_demand(config),
         headline=("steps", f"l1@{smallest}", f"l1@{largest}"),
     )
 
@@ -128,7 +128,7 @@ def _finetune(config: RunConfig) -> list[Stage]:
         ),
         resources=training.resources(),
         needs={"images": "ingest", "distilled": "distill"},
-        demand=_training_demand(config),
+        demand=training_demand(config),
         headline=("steps", f"perceptual@{smallest}", f"perceptual@{largest}"),
     )
     return [stage]
@@ -139,17 +139,6 @@ def _start(folder: str | None) -> dict[str, Any]:
     if folder is None:
         return {}
     return {"start": hashlib.sha256((Path(folder) / "weights.safetensors").read_bytes()).hexdigest()}
-
-
-def _training_demand(config: RunConfig) -> Demand:
-    training = config.training
-    least = training.worker_range.min  # an elastic group begins with so many, and grows where there is room
-    return Demand(
-        cpus=least * training.cpus_per_worker,
-        gpus=least * training.gpus_per_worker,
-        workers=least,
-        setting="training",
-    )
 
 
 def _tokenize(config: RunConfig) -> Stage:

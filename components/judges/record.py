@@ -54,8 +54,7 @@ def _tuples(value: Any) -> Any:
 def build_judge(config: JudgeStageConfig, answer: Answer) -> Judge:
     """The judge that ``config`` names, from where it comes; ``answer``: what the task asks it for.
 
-    Raises ValueError when it isn't there, its package isn't, or it doesn't answer that. A probe has to be trained:
-    see probe.py.
+    Raises ValueError when it isn't there, its package isn't, or it doesn't answer that.
     """
     options = config.options
     classes = read_classes(options.classes) if options.classes else ()
@@ -121,8 +120,11 @@ def _build(spec: str, options: JudgeOptions, answer: Answer, folder: str | None,
         from components.judges.hub import build_hub_judge
 
         return build_hub_judge(spec, answer, folder, given)
-    if kind in JUDGE_KINDS:
-        raise ValueError(f"judge {spec!r}: it is trained, not built")
+    if kind == "probe":
+        from components.judges.probe import Probe, ProbeJudge
+
+        assert folder is not None, "a probe is trained, see components.train.probe"
+        return ProbeJudge(Probe.load(folder))
     return load_class(spec, Judge)(**options.arguments)
 
 

@@ -15,7 +15,7 @@ from components.images import stack, to_float
 from components.judges.judge import Judge, ask
 from components.targets import decode_targets
 from components.task_config import TASK_KINDS, JudgeStageConfig, Target
-from components.tasks.classification import Classification, normal
+from components.tasks.classification import Classification
 from components.tasks.depth import Depth
 from components.tasks.features import unit
 from components.tasks.segmentation import Segmentation
@@ -34,13 +34,16 @@ SCORES: Mapping[str, tuple[str, str]] = {  # task -> its metric against the targ
 def try_judge(judge: Judge, config: JudgeStageConfig, images: ImageSet, device: str) -> Figures:
     """What ``judge`` scores on at most ``eval_images`` originals that have the target, val ones where there are any.
 
-    ``skill``: 0 for as good as the best constant answer (the commonest label, the median depth, the commonest class of
-    a pixel, all of these very images), 1 for perfect. A ``note`` instead where nothing can be compared.
+    ``constant``: what a constant answer scores on them: the commonest label, the median depth or the commonest class
+    of a pixel, of as many originals of the train split where that has any, else of these. ``skill``: 0 for as good as
+    that, 1 for perfect. A ``note`` instead where nothing can be compared.
     """
     target = TASK_KINDS[config.kind].target if config.kind in SCORES else None
     if target is None:
         return {"note": "nothing to compare this judge with: it is asked about originals and reconstructions alike"}
-    rows, split, with_target = _sample(images, target, config.options.eval_images)
+    sampled, with_target = _sample(images, target, config.options.eval_images)
+    split = "val" if with_target["val"] else "train"
+    rows = sampled[split]
     told: Figures = {f"{target}_train": with_target["train"], f"{target}_val": with_target["val"]}
     if not len(rows):
         return {"note": f"no image has a {target}: what this judge says can only be compared with itself", **told}
@@ -50,7 +53,9 @@ def try_judge(judge: Judge, config: JudgeStageConfig, images: ImageSet, device: 
     usable = [one for one, value in zip(originals, values, strict=True) if not np.isnan(value)]
     if not usable:
         return {"note": f"none of {len(rows)} {target}s tried means anything to this judge", **told}
-    constant = _constant(task, config, usable, metric)
+    train = _originals(sampled["train"], target, device) if with_target["train"] else ()
+    answers = _constant(task, [one for one in train if _says(task, one)] or usable)
+    constant = float(np.nanmean([_measured(task, one, answers, metric) for one in usable]))
     score = float(np.nanmean(values))
     skill = 1 - score / constant if metric == "abs_rel" else (score - constant) / (1 - constant + 1e-9)
     return {name: score, "constant": constant, "skill": skill, "tried": len(usable), "split": split, **told}
@@ -67,30 +72,40 @@ def _measured(task: Task, one: Originals, answers: "Mapping[str, Tensor]", metri
     return float(task.measure(known, Seen(one.images, answers))[metric][0])
 
 
-def _constant(task: Task, config: JudgeStageConfig, originals: list[Originals], metric: str) -> float:
-    """What the best constant answer scores."""
+def _says(task: Task, one: Originals) -> bool:
+    """Whether the target says anything that the task can compare with."""
+    if isinstance(task, Classification):
+        return task.class_of(one.labels[0]) is not None
+    if isinstance(task, Segmentation):
+        return bool((task.counted(one.mask) >= 0).any())
+    return one.depth is not None and bool(one.depth.isfinite().any())
+
+
+def _constant(task: Task, known: list[Originals]) -> "dict[str, Tensor]":
+    """The answers of a judge that says the same of every image, and knows ``known``."""
     import torch
 
-    if config.kind == "classification":
-        (_, most), *_ = Counter(normal(one.labels[0]) for one in originals).most_common(1)
-        return most / len(originals)
-    if config.kind == "depth":
-        readings = torch.cat([one.depth[torch.isfinite(one.depth)] for one in originals if one.depth is not None])
-        answers = {"depth": readings.median().view(1, 1, 1)}
-    else:
-        masks = torch.cat([one.mask.flatten() for one in originals if one.mask is not None])
-        for ignored in config.options.ignore:
-            masks = masks[masks != ignored]
-        most_of_all = int(torch.bincount(masks[masks >= 0]).argmax())
-        scores = torch.zeros(1, most_of_all + 1, 1, 1, device=masks.device)
-        scores[0, most_of_all] = 1
-        answers = {"segments": scores}
-    return float(np.nanmean([_measured(task, one, answers, metric) for one in originals]))
+    if isinstance(task, Classification):
+        commonest = Counter(task.class_of(one.labels[0]) for one in known).most_common(1)[0][0]
+        return {"classes": _only(commonest, task.num_classes)}
+    if isinstance(task, Segmentation):
+        pixels = torch.cat([task.counted(one.mask).flatten() for one in known])
+        commonest = int(torch.bincount(pixels[pixels >= 0]).argmax())
+        return {"segments": _only(commonest, commonest + 1)[:, :, None, None].to(pixels.device)}
+    readings = torch.cat([one.depth[one.depth.isfinite()] for one in known])
+    return {"depth": readings.median().view(1, 1, 1)}
 
 
-def _sample(images: ImageSet, target: Target, limit: int) -> tuple[pa.Table, str, Counter[str]]:
-    """Rows with a ``target``, of val where any is; which split they are of; how many there are in each."""
-    kept: dict[str, pa.Table | None] = {"val": None, "train": None}
+def _only(number: int, width: int) -> "Tensor":
+    """Scores [1, width] of the one class ``number``."""
+    import torch
+
+    return torch.nn.functional.one_hot(torch.tensor([number]), width).float()
+
+
+def _sample(images: ImageSet, target: Target, limit: int) -> tuple[dict[str, pa.Table], Counter[str]]:
+    """At most ``limit`` rows with a ``target`` of each split, and how many there are."""
+    kept: dict[str, pa.Table] = {}
     counts: Counter[str] = Counter()
     for batch in read_batches(images.table_uri, columns=["image_id", "split", "image", target], batch_rows=1024):
         rows = pa.Table.from_batches([batch])
@@ -98,11 +113,8 @@ def _sample(images: ImageSet, target: Target, limit: int) -> tuple[pa.Table, str
         for split in ("val", "train"):
             found = rows.filter(pc.equal(rows["split"], split))
             counts[split] += len(found)
-            kept[split] = smallest_ids(kept[split], found, limit)
-    split = "val" if counts["val"] else "train"
-    rows = kept[split]
-    assert rows is not None
-    return rows, split, counts
+            kept[split] = smallest_ids(kept.get(split), found, limit)
+    return kept, counts
 
 
 def smallest_ids(kept: pa.Table | None, found: pa.Table, limit: int) -> pa.Table:

@@ -25,14 +25,19 @@ class Classification(Task):
     target: Target = "label"
 
     def __init__(self, classes: Sequence[Sequence[str]]) -> None:
-        self._class_of = class_numbers(classes)
+        self._class_of, self.num_classes = class_numbers(classes), len(classes)
+
+    def class_of(self, label: str | None) -> int | None:
+        """The class that ``label`` means; None where it means none, or several."""
+        return self._class_of.get(normal(label))
 
     def measure(self, originals: Originals, restored: Seen) -> "Mapping[str, Tensor]":
         """See the class."""
         import torch
 
         before, scores = originals.answers["classes"].argmax(1), restored.answers["classes"].float()
-        labels = torch.tensor([self._class_of.get(normal(label), -1) for label in originals.labels]).to(scores.device)
+        numbers = [self.class_of(label) for label in originals.labels]
+        labels = torch.tensor([-1 if number is None else number for number in numbers]).to(scores.device)
         unknown = labels < 0
         probabilities, after = scores.softmax(1), scores.argmax(1)
         return {

@@ -53,7 +53,7 @@ def depth_errors(estimate_Bhw: "Tensor", true_BHW: "Tensor") -> "dict[str, Tenso
     found = torch.where(valid, estimate_Bhw.clamp(min=NEAREST_M), 1.0)
     count = valid.flatten(1).sum(1)
 
-    def mean(values: Tensor) -> Tensor:
+    def mean(values: "Tensor") -> "Tensor":
         return torch.where(valid, values, 0.0).flatten(1).sum(1) / count  # 0 / 0 is NaN
 
     return {

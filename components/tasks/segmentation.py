@@ -36,9 +36,14 @@ class Segmentation(Task):
         true = originals.mask
         if true is None:
             return {"miou": torch.full_like(judged, torch.nan), "miou_judge": judged}
+        found = classes_at(scores, true.shape[1:])
+        return {"miou": mean_iou(found, self.counted(true), scores.shape[1]), "miou_judge": judged}
+
+    def counted(self, mask_BHW: "Tensor") -> "Tensor":
+        """The mask with -1 where it doesn't count."""
         for number in self._ignore:
-            true = true.masked_fill(true == number, -1)
-        return {"miou": mean_iou(classes_at(scores, true.shape[1:]), true, scores.shape[1]), "miou_judge": judged}
+            mask_BHW = mask_BHW.masked_fill(mask_BHW == number, -1)
+        return mask_BHW
 
 
 def classes_at(scores_BChw: "Tensor", size: Sequence[int]) -> "Tensor":

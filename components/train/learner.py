@@ -175,7 +175,7 @@ class Learner:
 
     def _passes(self, batch: Batch) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """The worker's share, augmented, in parts that fit its memory."""
-        train, size = self.run.config.train, self.run.resources.micro_batch or len(self.share)
+        train = self.run.config.train
         generator = step_generator(train.seed, self.steps_done)
         pixels = batch.images.to(self.place.device, non_blocking=True)
         if RECIPES[self.run.recipe].crops:
@@ -184,9 +184,16 @@ class Learner:
             pixels = to_float(pixels)
         if train.recolour:
             pixels = recolour(pixels, part=train.recolour, generator=generator, share=self.share)
-        for start in range(0, len(pixels), size):
-            rows = slice(start, start + size)
-            yield pixels[rows], {name: t[rows].to(self.place.device) for name, t in batch.targets.items()}
+        targets = {name: values.to(self.place.device) for name, values in batch.targets.items()}
+        for rows in torch.arange(len(pixels)).tensor_split(self._num_passes()):
+            part = slice(int(rows[0]), int(rows[-1]) + 1)
+            yield pixels[part], {name: values[part] for name, values in targets.items()}
+
+    def _num_passes(self) -> int:
+        """As many on every worker, since they meet in each; so where shares differ a pass may have an image more."""
+        smallest, left = divmod(self.share.of, self.place.world)
+        largest = smallest + bool(left)
+        return min(smallest, -(-largest // (self.run.resources.micro_batch or largest)))
 
     def _loss(self, pixels: Tensor, turn: Turn) -> Loss:
         # Every pass on every rank draws the same rollouts: a step costs what its longest rollout costs.

@@ -153,13 +153,13 @@ def test_the_same_curve_on_1_2_4_and_5_workers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_players_on_two_workers(tmp_path: Path) -> None:
-    """Batch norm in the discriminator knows only its own images, so the two are near and not equal."""
+def test_two_players_on_several_workers(tmp_path: Path) -> None:
+    """Batch norm in the discriminator knows only its own images, so losses are near and not equal."""
     whole = on_workers(1, tmp_path / "1", finetune_run())
     torch.manual_seed(5)
-    both = on_workers(2, tmp_path / "2", finetune_run())
-    assert both[0] == pytest.approx(whole[0], rel=0.05)
-    for state in (whole[1], both[1]):
+    several = on_workers(5, tmp_path / "5", finetune_run(micro_batch=1))
+    assert several[0] == pytest.approx(whole[0], rel=0.1)
+    for state in (whole[1], several[1]):
         assert set(state["players"]) == {"model", "discriminator"}
         assert all(torch.isfinite(t).all() for t in state["players"]["discriminator"]["weights"].values())
 

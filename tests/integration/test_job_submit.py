@@ -1,7 +1,9 @@
 """The same run through Ray's job API, against a head node with its dashboard."""
 
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ROOT, SMALL, environment, settings
+from pipelines.config import READY
+from tests.integration.conftest import ALIT, ROOT, SMALL, environment, settings
 
 pytestmark = pytest.mark.slow
 
@@ -43,7 +46,9 @@ def head() -> Iterator[Head]:
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
     subprocess.run([RAY, "get-auth-token", "--generate"], env=variables, check=True, capture_output=True)
     dashboard = free_port()
-    arguments = ["--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    # The job agent's port too: where another Ray on this machine has the usual one, jobs would never be taken.
+    ports = [f"--port={free_port()}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}"]
+    arguments = ["--head", "--block", *ports, "--num-cpus=2"]
     limits = ["--object-store-memory=200000000", f"--temp-dir={home}/r", "--disable-usage-stats"]
     node = subprocess.Popen([RAY, "start", *arguments, *limits], env=variables, stdout=subprocess.DEVNULL)
     try:
@@ -70,14 +75,104 @@ def submit(head: Head, command: list[str], *options: str) -> subprocess.Complete
     return subprocess.run(arguments, env=head.environment, capture_output=True, text=True, timeout=600, check=False)
 
 
+def alit_submit(head: Head, *arguments: str, config: str = "demo", **variables: str) -> subprocess.Popen[str]:
+    """`alit submit`, from a folder that holds no code: it is sent from the repository."""
+    command = [*ALIT, "submit", config, "--address", head.address, "--working-dir", str(ROOT), *arguments]
+    environment = head.environment | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=head.environment["HOME"],
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit code, and everything said."""
+    said, _ = process.communicate(timeout=600)
+    return process.returncode, said
+
+
+def read_until(process: subprocess.Popen[str], pattern: str) -> re.Match[str]:
+    assert process.stdout
+    said = ""
+    for line in process.stdout:
+        said += line
+        if found := re.search(pattern, line):
+            return found
+    raise AssertionError(said)
+
+
+def ray_job(head: Head, command: str, submission_id: str) -> str:
+    """What `ray job` says."""
+    arguments = [RAY, "job", command, "--address", head.address, submission_id]
+    done = subprocess.run(arguments, env=head.environment, capture_output=True, text=True, timeout=120, check=False)
+    return done.stdout + done.stderr
+
+
 def test_a_submitted_run(head: Head, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipelines", "run", "demo"]
-    done = submit(head, [*command, *settings(f"workspace={tmp_path}/w", *SMALL, "training.cpus_per_worker=0.25")])
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "pack.reconstruction" in done.stdout and "train done" in done.stdout
+    """The config lies elsewhere; the tracking URI goes along by itself, another variable by name, unseen."""
+    config = tmp_path / "my own.yaml"
+    shutil.copy(READY / "demo.yaml", config)
+    variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/record.db", "ALIT_TEST_SECRET": "unspeakable"}
+    given = settings(f"workspace={tmp_path}/w", *SMALL, "training.cpus_per_worker=0.25")
+    process = alit_submit(head, *given, "--env", "ALIT_TEST_SECRET", config=str(config), **variables)
+    code, said = ended(process)
+    assert code == 0, said
+    assert "with MLFLOW_TRACKING_URI, ALIT_TEST_SECRET" in said and "unspeakable" not in said and "record.db" in said
+    assert "distill      step 4/4" in said and "train done" in said and "succeeded" in said
     for stage in ("ingest", "distill", "pack.reconstruction", "publish"):
         assert len(list((tmp_path / "w" / stage).glob("*/artifact.json"))) == 1
     assert list((tmp_path / "w" / "logs").glob("*/distill.log"))
+    assert (tmp_path / "record.db").is_file() and not (tmp_path / "w" / "mlflow.db").exists()
+
+
+def test_exit_codes_are_the_job_s(head: Head, tmp_path: Path) -> None:
+    too_much = settings(f"workspace={tmp_path}/w", *SMALL, "training.cpus_per_worker=50")
+    code, said = ended(alit_submit(head, *too_much))
+    assert code == 1 and "the cluster has 2" in said and "failed with exit code 1" in said, said
+    nowhere = settings(f"workspace={tmp_path}/w", "data.source=/nowhere")
+    code, said = ended(alit_submit(head, *nowhere))
+    assert code == 2 and "there is no such folder" in said and "failed with exit code 2" in said, said
+
+
+def test_a_job_that_is_not_waited_for(head: Head, tmp_path: Path) -> None:
+    code, said = ended(alit_submit(head, *settings(f"workspace={tmp_path}/w", "data.source=/nowhere"), "--no-wait"))
+    assert code == 0
+    found = re.search(r"follow  ray job logs --address (\S+) --follow (\S+)\nstop    ray job stop", said)
+    assert found and found[1] == head.address
+    deadline = time.monotonic() + STARTED_S
+    while "failed" not in ray_job(head, "status", found[2]):
+        assert time.monotonic() < deadline
+        time.sleep(1)
+
+
+def test_ctrl_c_leaves_the_job_alone_and_a_stop_is_told(head: Head, tmp_path: Path) -> None:
+    """Two at once: who follows the first goes away; the second is stopped while it is followed."""
+    processes = [
+        alit_submit(head, *settings(f"workspace={tmp_path}/{name}", *SMALL, "training.cpus_per_worker=0.25"))
+        for name in ("left", "stopped")
+    ]
+    left, stopped = [read_until(process, r"^job (\S+)")[1] for process in processes]
+    for process in processes:
+        read_until(process, "ingest +starts")
+    processes[0].send_signal(signal.SIGINT)
+    code, said = ended(processes[0])
+    assert code == 130 and f"stop    ray job stop --address {head.address} {left}" in said, said
+    assert "RUNNING" in ray_job(head, "status", left)
+    ray_job(head, "stop", stopped)
+    code, said = ended(processes[1])
+    assert code == 143 and f"job {stopped} was stopped" in said, said
+    ray_job(head, "stop", left)
+
+
+def test_a_token_is_asked_for(head: Head, tmp_path: Path) -> None:
+    given = settings(f"workspace={tmp_path}/w")
+    for variables in ({"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "another"}):
+        code, said = ended(alit_submit(head, *given, **variables))
+        assert code == 1 and f"error: {head.address} wants its own token: set RAY_AUTH_MODE=token" in said, said
 
 
 def test_a_submitted_run_that_fails(head: Head, tmp_path: Path) -> None:
