@@ -12,7 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from components.artifacts import local_folder
 from components.config import RuleConfig
+from components.rules import HEADS
 from components.tracking import Tracker
 from model.starter import STARTER
 
@@ -29,12 +31,18 @@ class ModelVersion:
     version: int
 
 
-def register_tokenizer(
-    tracker: Tracker, folder: str, *, name: str, rules: Mapping[str, Any], example_png: bytes
-) -> ModelVersion:
+@dataclass(frozen=True)
+class Rules:
+    """What travels with the weights so that tasks can be named."""
+
+    configs: Mapping[str, Any]  # task -> rule config
+    heads: Mapping[str, str]  # task -> URI of the LengthHead of a rule that predicts
+
+
+def register_tokenizer(tracker: Tracker, folder: str, *, name: str, rules: Rules, example_png: bytes) -> ModelVersion:
     """Register the tokenizer in ``folder`` under ``name``, logged by the tracker's run.
 
-    ``rules``: task name -> rule config; they travel with the weights. The code that serves it is this software's own,
+    The code that serves it is this software's own,
     copied beside it; nothing is pickled.
     """
     import mlflow
@@ -43,7 +51,10 @@ def register_tokenizer(
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch, "tokenizer")
         shutil.copytree(folder, weights, ignore=shutil.ignore_patterns("artifact.json"))
-        (weights / "rules.json").write_text(json.dumps(dict(rules), indent=2))
+        (weights / "rules.json").write_text(json.dumps(dict(rules.configs), indent=2))
+        for task, uri in rules.heads.items():
+            with local_folder(uri) as head:
+                shutil.copytree(head, weights / HEADS / task)
         with mlflow.start_run(run_id=tracker.run_id):
             info = mlflow.pyfunc.log_model(
                 name="tokenizer",
