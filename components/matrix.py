@@ -275,12 +275,12 @@ def _draw(cells: Sequence[Cell], uri: str, title: str) -> None:
     for cell in cells:
         gains[rows.index(cell.criterion), columns.index(cell.column)] = cell.gain
     largest = np.nanmax(np.abs(gains), axis=0, keepdims=True)
-    figure = Figure(figsize=(2 + 0.9 * len(columns), 1.5 + 0.45 * len(rows)), dpi=120)
+    figure = Figure(figsize=(3 + 0.8 * len(columns), 2.5 + 0.45 * len(rows)), dpi=120, layout="constrained")
     axes = figure.add_subplot()
-    axes.imshow(gains / np.where(largest > 0, largest, 1), cmap="RdYlGn", vmin=-1, vmax=1, aspect="auto")
+    axes.imshow(gains / np.where(largest > 0, largest, 1), cmap="RdYlGn", vmin=-1, vmax=1, aspect="auto", alpha=0.6)
     for cell in cells:
         at = (columns.index(cell.column), rows.index(cell.criterion))
-        axes.text(*at, f"{cell.mean:.3g}", ha="center", va="center", fontsize=7)
+        axes.text(*at, f"{cell.mean + 0.0:.3g}", ha="center", va="center", fontsize=7)
     axes.set_xticks(range(len(columns)), columns, rotation=40, ha="right", fontsize=7)
     axes.set_yticks(range(len(rows)), rows, fontsize=7)
     axes.set_title(f"{title}\ngreen: better than fixed length", fontsize=8)

@@ -242,7 +242,7 @@ def _draw(fixed: list[dict[str, Any]], tasks: list[dict[str, Any]], uri: str, im
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 4), dpi=120)
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     name = "frechet_efficientnet"
     axes.plot([row["mean_tokens"] for row in fixed], [row[name] for row in fixed], "o-", label="fixed length")

@@ -35,6 +35,11 @@ def run_of(path: Path, *values: str, until: str = "distill") -> list[str]:
     return ["demo", *settings(f"workspace={path}", *values), "--until", until]
 
 
+def told(fault: str, reached: int, again: int, began: float) -> None:
+    """The line for the README's table (`pytest -s`)."""
+    print(f"{fault}: had reached step {reached}, went on from step {again} after {time.monotonic() - began:.0f} s")
+
+
 def weights(workspace: Path) -> bytes:
     (found,) = (workspace / "distill").glob("*/weights.safetensors")
     return found.read_bytes()
@@ -64,9 +69,12 @@ def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(tmp_path: Path
     assert len(victims) == 2
     reached = step_reached(run)
     victims[-1].send_signal(signal.SIGKILL)
-    assert run.finish() == 0, run.said
-    (again,) = resumed_at(run.said, workers=2)
+    killed = time.monotonic()
+    again = int(run.wait_for(r"going on from step (\d+) with 2 workers")[1])
+    told("worker killed", reached, again, killed)
     assert reached - EVERY <= again
+    assert run.finish() == 0, run.said
+    assert len(resumed_at(run.said, workers=2)) == 1
     assert weights(tmp_path / "w") == weights(unbroken)
 
 
@@ -102,11 +110,15 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(tmp_path: Path) -
         nodes.kill(victim)
         others = [node for node in nodes.nodes[1:] if node is not victim]
         nodes.kill(others[0])  # else its CPU would take the place at once
-        found = run.wait_for(r"going on from step (\d+) with 1 workers")
-        assert reached - EVERY <= int(found[1])
-        run.wait_for(rf"with 1 workers[\s\S]*distill +step {int(found[1]) + 3}/")
+        killed = time.monotonic()
+        again = int(run.wait_for(r"going on from step (\d+) with 1 workers")[1])
+        told("node killed", reached, again, killed)
+        assert reached - EVERY <= again
+        run.wait_for(rf"with 1 workers[\s\S]*distill +step {again + 3}/")
+        reached, returned = step_reached(run), time.monotonic()
         nodes.add(f"--address={nodes.address}")
-        run.wait_for(r"with 1 workers[\s\S]*going on from step \d+ with 2 workers")
+        grown = int(run.wait_for(r"with 1 workers[\s\S]*going on from step (\d+) with 2 workers")[1])
+        told("node returned", reached, grown, returned)
         assert run.finish() == 0, run.said
 
 
