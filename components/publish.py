@@ -13,6 +13,7 @@ from components.artifacts import (
     Figures,
     ImageSet,
     Job,
+    Judge,
     LengthModel,
     ScoreTable,
     TokenCounts,
@@ -26,7 +27,7 @@ from components.artifacts import (
 )
 from components.config import NoConfig, PublishConfig
 from components.images import stack, to_float, to_uint8
-from components.registry import ModelVersion, Rules, register_tokenizer
+from components.registry import ModelVersion, Rules, register_judge, register_tokenizer
 from components.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -70,6 +71,11 @@ def publish(
     for row, picture in enumerate(_pictures(images, tokenizer, first, config.pictures)):
         tracker.picture(picture, f"reconstructions_{row:02d}")
         job.progress(f"picture {row + 1}/{config.pictures}")
+    for name, artifact in by_task.items():
+        if isinstance(artifact, Judge) and tracker.run_id:
+            with local_folder(artifact.uri) as folder:
+                named = f"{config.model_name}-judge-{name.removeprefix('judge_')}"
+                register_judge(tracker, folder, name=named, figures=artifact.manifest.counts)
     rules = _rules(counts)
     version = _register(tracker, config, tokenizer, images, Rules(rules, {t: heads[t] for t in rules if t in heads}))
     write_json(join(job.output, "publication.json"), {"model": version.name, "version": version.version})

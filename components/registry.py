@@ -69,6 +69,25 @@ def register_tokenizer(tracker: Tracker, folder: str, *, name: str, rules: Rules
     return ModelVersion(name, int(info.registered_model_version))
 
 
+def register_judge(tracker: Tracker, folder: str, *, name: str, figures: Mapping[str, Any]) -> ModelVersion:
+    """Register the judge in ``folder`` under ``name``: its files, no pickle, and what it scored as tags."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient(tracking_uri=tracker.uri, registry_uri=tracker.uri)
+    client.log_artifacts(tracker.run_id, folder, f"judges/{name}")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"{client.get_run(tracker.run_id).info.artifact_uri}/judges/{name}"
+    made = client.create_model_version(
+        name, source, run_id=tracker.run_id, tags={f"judge.{key}": str(value) for key, value in figures.items()}
+    )
+    return ModelVersion(name, int(made.version))
+
+
 def download_tokenizer(uri: str) -> str:
     """The local folder of the tokenizer behind ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION``.
 

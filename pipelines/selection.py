@@ -134,6 +134,7 @@ def _publish(config: RunConfig, made: Sequence[str]) -> Stage:
     lengths = {f"length_{task.name}": f"length.{task.name}" for task in config.tasks}
     found = {"quality": "quality", "matrix": "matrix", **lengths}
     optional = {argument: name for argument, name in found.items() if name in made}
+    judges = {f"judge_{task.name}": f"judge.{task.name}" for task in config.tasks if task.judge != "none"}
     return Stage(
         "publish",
         run="components.publish:publish",
@@ -147,6 +148,7 @@ def _publish(config: RunConfig, made: Sequence[str]) -> Stage:
             "scores": "score",
             **_counts(config),
             **archives,
+            **judges,
             **optional,
         },
         headline=("model", "version"),
