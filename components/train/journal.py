@@ -9,7 +9,7 @@ import torch
 from components.tracking import Behind, Tracker, system_metrics
 from components.train.learner import Learner, Outcome, TrainRun
 
-STRAGGLER_S = 0.05  # a worker less than so much slower than the middle one is not worth a word
+STRAGGLER_S = 1.0  # a worker less than so much slower than the middle one is not worth a word
 
 
 class Journal:
