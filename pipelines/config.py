@@ -17,6 +17,7 @@ from components.config import (
     OptimizerConfig,
     PublishConfig,
     RaySettings,
+    S3Settings,
     Settings,
     TaskConfig,
     TrainConfig,
@@ -122,6 +123,7 @@ class RunConfig(Settings):
     publish: PublishConfig = PublishConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()
+    s3: S3Settings = S3Settings()
     retries: NonNegativeInt = 2  # of a stage that failed from infrastructure
     wait_s: NonNegativeFloat = 0.0  # for another run of the workspace to end
 

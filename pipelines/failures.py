@@ -33,6 +33,8 @@ TRANSIENT_NAMES = frozenset(
         "ConnectionError",
         "TimeoutError",
         "HTTPClientError",
+        "ConnectTimeoutError",
+        "ChangedFile",  # of a source: listed anew, it is read as it is now
     }
 )
 TRANSIENT_STORE = re.compile(
