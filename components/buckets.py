@@ -6,6 +6,8 @@ them (variables, ~/.aws, the machine's or the pod's role) and are never passed o
 """
 
 import os
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -18,12 +20,14 @@ if TYPE_CHECKING:
 SCHEME = "s3://"
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")  # the first that is set counts; so for all of these
 REGIONS = ("AWS_REGION", "AWS_DEFAULT_REGION")
-PROFILES = ("AWS_PROFILE", "AWS_DEFAULT_PROFILE")
+PROFILES = ("AWS_DEFAULT_PROFILE", "AWS_PROFILE")
 ATTEMPTS = ("AWS_MAX_ATTEMPTS",)
 PASSED_ON = (  # to processes on other nodes; nothing secret is among them
     *ENDPOINTS, *REGIONS, *PROFILES, *ATTEMPTS, "AWS_RETRY_MODE", "AWS_CA_BUNDLE", "AWS_EC2_METADATA_DISABLED"
 )  # fmt: skip
 CONNECT_S, READ_S = 10, 60  # a server that says nothing for so long is asked again
+PART_BYTES = 256 << 20  # of a copy; S3 copies at most 5 GiB in one request
+COPIES = 16  # at once
 REFUSED = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "TokenRefreshRequired"}
 FORBIDDEN = {"AccessDenied", "AllAccessDisabled", "Forbidden", "403"}
 GONE = {"NoSuchKey", "NotFound", "404"}
@@ -41,6 +45,7 @@ class _Settings:
     profile: str | None
     attempts: int
     mode: str
+    key_id: str | None  # a client goes on with the credentials that it began with; other ones need another
 
 
 def use(settings: S3Settings) -> None:
@@ -88,6 +93,26 @@ def check(uri: str, field: str) -> None:
         client().list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1)
     except (BotoCoreError, ClientError, BucketError) as error:
         raise BucketError(f"{field} {uri!r}: {reason(error)}") from error
+
+
+def copy(paths: Mapping[str, str]) -> None:
+    """Each ``bucket/key`` to another, within S3, large objects in parts, as S3 needs it; raises OSError."""
+    from boto3.s3.transfer import TransferConfig
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    parts = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, use_threads=False)
+
+    def copy_one(pair: tuple[str, str]) -> None:
+        (bucket, _, key), (to_bucket, _, to_key) = (path.partition("/") for path in pair)
+        client().copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, Config=parts)
+
+    try:
+        with ThreadPoolExecutor(COPIES) as pool:
+            for _ in pool.map(copy_one, paths.items()):
+                pass
+    except (BotoCoreError, ClientError) as error:
+        kind = ConnectionError if is_passing(error) else OSError
+        raise kind(f"copying within a bucket: {reason(error)}") from error
 
 
 def code(error: Exception) -> str:
@@ -145,7 +170,9 @@ def _settings() -> _Settings:
     if not attempts.isdigit() or attempts == "0":
         raise BucketError(f"AWS_MAX_ATTEMPTS = {attempts!r}: a number of at least 1 is needed")
     mode = os.environ.get("AWS_RETRY_MODE") or "standard"
-    return _from_profile(_first(ENDPOINTS), _first(REGIONS), _first(PROFILES), int(attempts), mode)
+    return _from_profile(
+        _first(ENDPOINTS), _first(REGIONS), _first(PROFILES), int(attempts), mode, os.environ.get("AWS_ACCESS_KEY_ID")
+    )
 
 
 def _settings_or_none() -> _Settings | None:
@@ -156,7 +183,7 @@ def _settings_or_none() -> _Settings | None:
 
 
 @lru_cache
-def _from_profile(endpoint: str | None, region: str | None, profile: str | None, attempts: int, mode: str) -> _Settings:
+def _from_profile(endpoint: str | None, region: str | None, profile: str | None, *others: Any) -> _Settings:
     """What the environment leaves open as ~/.aws/config has it; pyarrow would not look for an endpoint there."""
     from botocore.exceptions import BotoCoreError
     from botocore.session import Session
@@ -165,7 +192,7 @@ def _from_profile(endpoint: str | None, region: str | None, profile: str | None,
         config = Session(profile=profile).get_scoped_config()
     except BotoCoreError as error:
         raise BucketError(f"AWS_PROFILE (s3.profile) = {profile!r}: {error}") from error
-    return _Settings(endpoint or config.get("endpoint_url"), region or config.get("region"), profile, attempts, mode)
+    return _Settings(endpoint or config.get("endpoint_url"), region or config.get("region"), profile, *others)
 
 
 @lru_cache
@@ -180,9 +207,8 @@ def _client(settings: _Settings) -> Any:
         retries={"mode": settings.mode, "total_max_attempts": settings.attempts},
         s3={"addressing_style": "path" if settings.endpoint else "auto"},
     )
-    session = boto3.Session(profile_name=settings.profile)
     try:
-        return session.client("s3", endpoint_url=settings.endpoint, region_name=settings.region, config=config)
+        return boto3.Session().client("s3", endpoint_url=settings.endpoint, region_name=settings.region, config=config)
     except ValueError as error:
         raise BucketError(f"AWS_ENDPOINT_URL (s3.endpoint_url) = {settings.endpoint!r}: {error}") from error
 

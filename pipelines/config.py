@@ -91,7 +91,7 @@ class TrainingSection(TrainResources):
         self._check_strategy()
         folder = self.start_folder
         here = (info.context or {}).get("folders_exist", True)
-        if folder and here and not (Path(folder) / "config.json").is_file():
+        if folder and "://" not in folder and here and not (Path(folder) / "config.json").is_file():
             raise ValueError(f"from = {self.start!r}: scratch, starter, or the folder of a Tokenizer artifact")
         return self
 

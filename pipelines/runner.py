@@ -15,6 +15,7 @@ from components.artifacts import DRAFTS, join, remove
 from components.config import MlflowSettings, RaySettings
 from components.tracking import DataSet, Status, Store
 from pipelines.cluster import check_demand, cluster
+from pipelines.config import ConfigError
 from pipelines.dag import Pipeline, Planned, plan
 from pipelines.execution import Context, Execution
 from pipelines.lock import Lock, hold
@@ -45,14 +46,14 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
     """Make every artifact of ``pipeline`` that is missing in ``workspace`` (a folder or ``s3://``).
 
     A stage that failed is in the record. Raises ValueError when an option names a stage that is not there, and, before
-    any stage starts, WorkspaceHeld, DemandError, ClusterError or TrackingError.
+    any stage starts, ConfigError, WorkspaceHeld, DemandError, ClusterError or TrackingError.
     """
     options = options or RunOptions()
     workspace = absolute(workspace)
     wanted = pipeline.until(options.until) if options.until else pipeline
     for name in options.force:
         _ = wanted[name]
-    store = tracking.store_for(options.mlflow, workspace)
+    store = _store(options.mlflow, workspace)
     started, run_id = time.monotonic(), f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with hold(workspace, run_id, options.wait_s) as lock, listening() as stop:
         _clean_up_after_the_dead(workspace, lock, store)
@@ -76,14 +77,20 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
             return _finish(context, wanted.name, store, started)
 
 
+def _store(settings: MlflowSettings, workspace: str) -> Store:
+    try:
+        return tracking.store_for(settings, workspace)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def absolute(workspace: str) -> str:
     """The workspace as stage processes, whose folder is another one, find it."""
     return workspace.rstrip("/") if "://" in workspace else str(Path(workspace).expanduser().absolute())
 
 
 def _clean_up_after_the_dead(workspace: str, lock: Lock, store: Store) -> None:
-    if "://" not in workspace:  # the lock says that nobody writes there now
-        remove(join(workspace, DRAFTS))
+    remove(join(workspace, DRAFTS))  # the lock says that nobody writes there now
     if lock.previous is not None:
         tracking.close_abandoned(store, lock.previous.run_id)
 

@@ -51,6 +51,8 @@ class Place(Protocol):
     def uri(self, path: str) -> str:
         """Where the file is, for people."""
 
+    def __hash__(self) -> int: ...
+
 
 def open_place(uri: str) -> Place:
     """The folder ``uri`` (local or s3://); raises ValueError when it can't be read."""

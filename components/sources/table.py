@@ -1,7 +1,7 @@
 """Parquet tables that hold the images themselves.
 
 Columns: ``image`` (the file's bytes, or a struct with ``bytes`` as Hugging Face's data sets have it), and, where they
-are there, ``label`` (text or whole numbers), ``depth`` and ``mask`` (bytes, as a manifest's files) and ``split``. Others
+are there, ``label`` (text or whole numbers), ``depth`` and ``mask`` (bytes, as a manifest's files), ``split``. Others
 are ignored. A table with ``uri`` instead of ``image`` is a manifest.
 """
 

@@ -9,7 +9,7 @@ import json
 import re
 import tarfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -71,7 +71,7 @@ class TarSource:
         """The shard's, then the member's name."""
         return self.place.uri(path)
 
-    def _index(self, shard: File) -> "list[SourceObject]":
+    def _index(self, shard: File) -> Sequence[SourceObject]:
         try:
             with stream(self.place, shard, buffer_bytes=BUFFER_BYTES) as file:
                 samples = [sample.listed(shard) for sample in _samples(file) if sample.image]
@@ -111,7 +111,7 @@ class _Sample:
         return SourceObject(paths[self.image], largest, etag, targets)
 
 
-def ahead(make: Callable[[Given], Made], items: "tuple[Given, ...]", count: int) -> Iterator[Made]:
+def ahead(make: Callable[[Given], Made], items: Sequence[Given], count: int) -> Iterator[Made]:
     """``make`` of each item, in order, ``count`` of them at once."""
     with ThreadPoolExecutor(count) as pool:
         waiting: deque[Future[Made]] = deque()
@@ -131,7 +131,7 @@ def _samples(file: Any) -> Iterator[_Sample]:
     sample: _Sample | None = None
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[assignment]  # or a large shard's members would all stay in memory
+            tar.members = []  # type: ignore[attr-defined]  # or a large shard's members would all stay in memory
             name = member.name.removeprefix("./")
             if not member.isfile() or member.issparse() or name.rpartition("/")[2].startswith("."):
                 continue
