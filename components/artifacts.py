@@ -88,11 +88,11 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """One file, whole or not at all: a local file is renamed into place, an object store puts it whole."""
     store, path = filesystem(uri)
-    store.create_dir(path.rsplit("/", 1)[0], recursive=True)
     if not isinstance(store, fs.LocalFileSystem):
         with store.open_output_stream(path) as stream:
             stream.write(data)
         return
+    store.create_dir(path.rsplit("/", 1)[0], recursive=True)
     partial = f"{path}.{uuid.uuid4().hex}.part"
     with store.open_output_stream(partial) as stream:
         stream.write(data)

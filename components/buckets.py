@@ -225,5 +225,6 @@ def _filesystem(settings: _Settings, bucket: str) -> "S3FileSystem":
         region=region or "us-east-1",
         connect_timeout=CONNECT_S,
         request_timeout=READ_S,
+        allow_delayed_open=True,  # a small object is one request, not the three of a multipart upload
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=settings.attempts),
     )

@@ -122,8 +122,8 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
         protocol_version = "HTTP/1.1"
 
         def _pass(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            headers = dict(self.headers.items())
+            body = self._body()
+            headers = {name: value for name, value in self.headers.items() if name.lower() not in DROPPED}
             fault = proxy.next_fault(self.command, self.path, headers) or Fault()
             time.sleep(fault.pause_s)
             if fault.status:
@@ -132,11 +132,21 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
                 self._answer(fault.status, {"Content-Type": "application/xml"}, text, Fault())
                 return
             upstream = http.client.HTTPConnection(host, timeout=60)
-            upstream.request(self.command, self.path, body, headers)
+            upstream.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
             answer = upstream.getresponse()
             content = answer.read()
             kept = {name: value for name, value in answer.getheaders() if name.lower() not in DROPPED}
             self._answer(answer.status, kept, content, fault, length=answer.getheader("Content-Length"))
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":  # pyarrow's uploads are
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            parts = []
+            while size := int(self.rfile.readline().split(b";")[0], 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
 
         def _answer(
             self, status: int, headers: dict[str, str], body: bytes, fault: Fault, length: str | None = None
