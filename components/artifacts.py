@@ -278,8 +278,15 @@ class ScoreTable(Artifact):
 
 
 @dataclass(frozen=True)
+class LengthModel(Artifact):
+    """``head``: a LengthHead; ``table``: image_id, predicted (a float32 per budget), files as the score table's."""
+
+    schema: ClassVar[str] = "length_model"
+
+
+@dataclass(frozen=True)
 class TokenCounts(Artifact):
-    """``table``: COUNTS_SCHEMA."""
+    """``table``: COUNTS_SCHEMA; ``rules.json``: what each rule of the task comes to, the chosen one first."""
 
     schema: ClassVar[str] = "token_counts"
 
@@ -289,6 +296,13 @@ class TokenArchive(Artifact):
     """``table``: image_id, num_tokens, token_ids; ``tokenizer.json``: the tokenizer's digest and where it stood."""
 
     schema: ClassVar[str] = "token_archive"
+
+
+@dataclass(frozen=True)
+class Analysis(Artifact):
+    """Findings over the whole set: JSON for a program, ``table`` for a person, PNG pictures."""
+
+    schema: ClassVar[str] = "analysis"
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ from components.artifacts import (
 from components.config import DataConfig, IngestConfig, RuleConfig
 from components.image_files import BadImage
 from components.images import encode_png, image_id, prepare, stack, to_float, to_uint8
-from components.rules import build_rule
+from components.rules import rule_with_head
 from components.sources import open_source
 
 if TYPE_CHECKING:
     from model import AlitTokenizer
+    from model.predicted import PredictedThreshold
     from model.selection import Rule
 
 BATCH = 32
@@ -41,6 +42,7 @@ class EncodeRequest:
     source: str  # as DataConfig's
     output: str
     rule: RuleConfig | int  # an int is a fixed number of tokens
+    head: str = ""  # folder of the LengthHead of a rule that predicts
 
 
 def encode_folder(request: EncodeRequest, progress: Callable[[str], None]) -> Figures:
@@ -49,7 +51,7 @@ def encode_folder(request: EncodeRequest, progress: Callable[[str], None]) -> Fi
 
     with local_folder(request.model) as folder:
         tokenizer = AlitTokenizer.load(folder)
-    rule = request.rule if isinstance(request.rule, int) else build_rule(request.rule)
+    rule = request.rule if isinstance(request.rule, int) else rule_with_head(request.rule, Path(request.head))
     _check_fixed(tokenizer, rule)
     rejected: list[dict[str, str]] = []
     parts, tokens, done = [], 0, 0
@@ -66,7 +68,7 @@ def encode_folder(request: EncodeRequest, progress: Callable[[str], None]) -> Fi
     return {"images": done, "rejected": len(rejected), "tokens": tokens, "mean_tokens": tokens / done}
 
 
-def _check_fixed(tokenizer: "AlitTokenizer", rule: "Rule | int") -> None:
+def _check_fixed(tokenizer: "AlitTokenizer", rule: "Rule | PredictedThreshold | int") -> None:
     if isinstance(rule, int) and rule not in tokenizer.budgets:
         raise ValueError(f"--tokens {rule}: allowed are the model's budgets, {list(tokenizer.budgets)}")
 
@@ -91,7 +93,9 @@ def _prepared(source: str, size: int, rejected: list[dict[str, str]]) -> Iterato
         yield names, pngs
 
 
-def _encode(tokenizer: "AlitTokenizer", rule: "Rule | int", names: list[str], pngs: list[bytes]) -> pa.Table:
+def _encode(
+    tokenizer: "AlitTokenizer", rule: "Rule | PredictedThreshold | int", names: list[str], pngs: list[bytes]
+) -> pa.Table:
     import torch
 
     tokens = tokenizer.encode(to_float(torch.from_numpy(stack(pngs))), rule)

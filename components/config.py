@@ -187,53 +187,85 @@ class InferenceResources(Settings):
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
 
 
-Metric = Literal["l1", "mse", "psnr"]
+class LengthConfig(Settings):
+    """How the head of a predicted length is trained (model/predicted.py)."""
 
-
-class ScoreStageConfig(Settings):
-    """What is measured at each budget."""
-
-    metrics: tuple[Metric, ...]
+    images: PositiveInt = 10_000  # of the train split, at most
+    steps: PositiveInt = 400
+    batch_size: PositiveInt = 128
+    lr: PositiveFloat = 3e-3
+    hidden: PositiveInt = 128
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of the metric given the image; higher spends more tokens
+    seed: int = 0
 
 
 class RuleConfig(Settings):
-    """One of the rules of model/selection.py."""
+    """One of the rules of model/selection.py; ``predicted`` is the threshold on what a trained head predicts."""
 
-    kind: Literal["threshold", "within", "best", "mean_tokens"]
-    metric: Metric
+    kind: Literal["threshold", "within", "best", "mean_tokens", "fixed", "predicted"]
+    metric: str  # of the task, by its short name, or a metric of pixels
     max: float | None = None
     min: float | None = None
     ratio: PositiveFloat | None = None
     mean: PositiveFloat | None = None
+    num_tokens: PositiveInt | None = None
+    length: LengthConfig | None = None  # of kind predicted; none: the defaults
 
     @model_validator(mode="after")
     def _needs(self) -> "RuleConfig":
-        given = {name for name in ("max", "min", "ratio", "mean") if getattr(self, name) is not None}
+        parameters = ("max", "min", "ratio", "mean", "num_tokens")
+        given = {name for name in parameters if getattr(self, name) is not None}
         allowed: dict[str, list[set[str]]] = {
             "threshold": [{"max"}, {"min"}],
             "within": [{"ratio"}],
             "best": [set()],
             "mean_tokens": [{"mean"}],
+            "fixed": [{"num_tokens"}],
+            "predicted": [{"max"}, {"min"}],
         }
         if given not in allowed[self.kind]:
             wanted = " or ".join("+".join(sorted(names)) or "no parameter" for names in allowed[self.kind])
             raise ValueError(f"a {self.kind!r} rule takes {wanted}, it was given {sorted(given) or 'none'}")
+        if self.length is not None and self.kind != "predicted":
+            raise ValueError(f"length = {self.length!r}: only a 'predicted' rule has one, this is {self.kind!r}")
         return self
 
 
-class TaskConfig(Settings):
-    """A task: what is measured at each budget and the rule that picks one."""
+class LengthStageConfig(Settings):
+    """What decides the head of a task's predicted lengths."""
 
-    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-    judge: Literal["none"] = "none"
-    metrics: tuple[Metric, ...] = ("l1", "mse", "psnr")
-    rule: RuleConfig
+    metric: str
+    column: str  # of the score table
+    length: LengthConfig
 
-    @model_validator(mode="after")
-    def _rule_metric_is_measured(self) -> "TaskConfig":
-        if self.rule.metric not in self.metrics:
-            raise ValueError(f"rule.metric {self.rule.metric!r} is not among this task's metrics {list(self.metrics)}")
-        return self
+
+class PackConfig(Settings):
+    """Packed sizes are compared with image files over a sample."""
+
+    sizes_images: NonNegativeInt = 100  # held-out images (any, where none is held out) also written as PNG and JPEG
+
+
+class MatrixConfig(Settings):
+    """The criterion x task matrix."""
+
+    mean_tokens: PositiveFloat | None = None  # that every criterion may spend; none: half of the largest budget
+    resamples: PositiveInt = 1000  # of the bootstrap
+    seed: int = 0
+
+
+class MatrixStageConfig(Settings):
+    """What decides the matrix, besides scores and counts."""
+
+    settings: MatrixConfig
+    criteria: dict[str, str]  # task -> column of the score table that its rule reads
+
+
+class QualityConfig(Settings):
+    """Whole-set quality over a bounded sample."""
+
+    images: Annotated[int, Field(ge=2)] = 1000  # held-out images looked at (any, where none is held out), at most
+    probe_images: NonNegativeInt = 2000  # labelled images of the train split that the linear probe is fitted to
+    inception: str | None = None  # a file with the Inception weights of torch-fidelity: rFID too
 
 
 class PublishConfig(Settings):

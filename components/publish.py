@@ -1,16 +1,20 @@
 """publish: what a run found goes to MLflow: figures, tables, pictures, and the tokenizer as a registered model."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from components.artifacts import (
+    Analysis,
     Artifact,
     Figures,
     ImageSet,
     Job,
+    Judge,
+    LengthModel,
     ScoreTable,
     TokenCounts,
     Tokenizer,
@@ -18,11 +22,12 @@ from components.artifacts import (
     local_folder,
     read_batches,
     read_json,
+    read_table,
     write_json,
 )
 from components.config import NoConfig, PublishConfig
 from components.images import stack, to_float, to_uint8
-from components.registry import ModelVersion, register_tokenizer
+from components.registry import ModelVersion, Rules, register_judge, register_tokenizer
 from components.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -43,37 +48,66 @@ def publish(
     scores: ScoreTable,
     **by_task: Artifact,
 ) -> Figures:
-    """Log tables and pictures to MLflow and register the tokenizer; ``by_task``: counts and archives."""
+    """Log tables and pictures to MLflow and register the tokenizer; ``by_task``: what was made after the scores."""
     tracker = Tracker(**job.tracking)
     counts = {
         artifact.manifest.config["name"]: artifact for artifact in by_task.values() if isinstance(artifact, TokenCounts)
     }
+    analyses = {name: artifact for name, artifact in by_task.items() if isinstance(artifact, Analysis)}
+    heads = {
+        name.removeprefix("length_"): join(artifact.uri, "head")
+        for name, artifact in by_task.items()
+        if isinstance(artifact, LengthModel)
+    }
     for target in (tracker, tracker.parent):
-        target.metrics(_final_metrics(scores, counts))
+        target.metrics(_final_metrics(scores, {**counts, **analyses}))
     for task, chosen in counts.items():
         tracker.table(_rows(chosen), f"counts_{task}")
+        tracker.table(_by_column(read_json(join(chosen.uri, "rules.json"))["rules"]), f"rules_{task}")
+    for name, analysis in analyses.items():
+        _log_analysis(tracker, name, analysis)
     tracker.table(_budget_table(scores), "budgets")
     first = next(iter(counts.values()))
     for row, picture in enumerate(_pictures(images, tokenizer, first, config.pictures)):
         tracker.picture(picture, f"reconstructions_{row:02d}")
         job.progress(f"picture {row + 1}/{config.pictures}")
-    version = _register(tracker, config, tokenizer, images, counts)
+    for name, artifact in by_task.items():
+        if isinstance(artifact, Judge) and tracker.run_id:
+            with local_folder(artifact.uri) as folder:
+                named = f"{config.model_name}-judge-{name.removeprefix('judge_')}"
+                register_judge(tracker, folder, name=named, figures=artifact.manifest.counts)
+    rules = _rules(counts)
+    version = _register(tracker, config, tokenizer, images, Rules(rules, {t: heads[t] for t in rules if t in heads}))
     write_json(join(job.output, "publication.json"), {"model": version.name, "version": version.version})
     return {"model": version.name, "version": version.version, "pictures": config.pictures}
 
 
-def _final_metrics(scores: ScoreTable, counts: Mapping[str, TokenCounts]) -> dict[str, float]:
+def _final_metrics(scores: ScoreTable, found: Mapping[str, Artifact]) -> dict[str, float]:
+    """Means over the held-out images, and the figures of each task's counts and of each analysis."""
     values = {f"held_out/{name}": v for name, v in scores.manifest.counts.items() if "@" in name}
-    for task, chosen in counts.items():
-        values |= {f"{task}/{name}": v for name, v in chosen.manifest.counts.items() if isinstance(v, int | float)}
+    for name, artifact in found.items():
+        values |= {
+            f"{name}/{figure}": v for figure, v in artifact.manifest.counts.items() if isinstance(v, int | float)
+        }
     return values
 
 
+def _log_analysis(tracker: Tracker, name: str, analysis: Analysis) -> None:
+    """An analysis as its table, and its JSON and pictures as files."""
+    tracker.table(read_table(analysis.table_uri).to_pydict(), name)
+    with local_folder(analysis.uri) as folder:
+        for file in sorted(Path(folder).glob(f"{name}.*")):
+            tracker.artifact(file, "analyses")
+
+
 def _budget_table(scores: ScoreTable) -> dict[str, list[Any]]:
-    """One row a budget, one column a metric: means over the held-out images."""
-    budgets, figures = read_json(join(scores.uri, "budgets.json")), scores.manifest.counts
-    metrics = list(dict.fromkeys(name.split("@")[0] for name in figures if "@" in name))
-    return {"num_tokens": budgets, **{metric: [figures[f"{metric}@{b}"] for b in budgets] for metric in metrics}}
+    """One row a metric and budget: mean, median, 5th and 95th percentile, count, missing over the held-out images."""
+    return _by_column(read_json(join(scores.uri, "summary.json"))["rows"])
+
+
+def _by_column(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """Rows as columns, None where a row lacks one."""
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
 
 
 def _rows(counts: TokenCounts) -> dict[str, list[Any]]:
@@ -133,15 +167,19 @@ def _framed(image: Any, *, chosen: bool) -> np.ndarray:
     return framed
 
 
+def _rules(counts: Mapping[str, TokenCounts]) -> dict[str, Any]:
+    """The rules that the tokenizer can apply by itself: those of a judge's metric need the judge, and stored scores."""
+    from model.metrics import METRICS
+
+    configs = {task: chosen.manifest.config["rule"] for task, chosen in counts.items()}
+    needs_no_metric = ("fixed", "predicted")
+    return {t: rule for t, rule in configs.items() if rule["metric"] in METRICS or rule["kind"] in needs_no_metric}
+
+
 def _register(
-    tracker: Tracker,
-    config: PublishConfig,
-    tokenizer: Tokenizer,
-    images: ImageSet,
-    counts: Mapping[str, TokenCounts],
+    tracker: Tracker, config: PublishConfig, tokenizer: Tokenizer, images: ImageSet, rules: Rules
 ) -> ModelVersion:
-    """The tokenizer as a new version of ``config.model_name``, with each task's rule beside the weights."""
+    """The tokenizer as a new version of ``config.model_name``, with the tasks' rules beside the weights."""
     example = next(read_batches(images.table_uri, columns=["image"], batch_rows=1))["image"][0].as_py()
-    rules = {task: chosen.manifest.config["rule"] for task, chosen in counts.items()}
     with local_folder(tokenizer.uri) as folder:
         return register_tokenizer(tracker, folder, name=config.model_name, rules=rules, example_png=example)

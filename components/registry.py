@@ -12,11 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import exists, join, read_json
+from components.artifacts import exists, join, local_folder, read_json
 from components.buckets import check, is_bucket
 from components.config import RuleConfig
+from components.rules import HEADS
 from components.tracking import Tracker
-from model.starter import STARTER
+from model.starter import model_folder
 
 SERVING = Path(__file__).with_name("serving.py")
 PACKAGES = ("model", "components")  # what serving.py imports, at the version that made the weights
@@ -31,12 +32,18 @@ class ModelVersion:
     version: int
 
 
-def register_tokenizer(
-    tracker: Tracker, folder: str, *, name: str, rules: Mapping[str, Any], example_png: bytes
-) -> ModelVersion:
+@dataclass(frozen=True)
+class Rules:
+    """What travels with the weights so that tasks can be named."""
+
+    configs: Mapping[str, Any]  # task -> rule config
+    heads: Mapping[str, str]  # task -> URI of the LengthHead of a rule that predicts
+
+
+def register_tokenizer(tracker: Tracker, folder: str, *, name: str, rules: Rules, example_png: bytes) -> ModelVersion:
     """Register the tokenizer in ``folder`` under ``name``, logged by the tracker's run.
 
-    ``rules``: task name -> rule config; they travel with the weights. The code that serves it is this software's own,
+    The code that serves it is this software's own,
     copied beside it; nothing is pickled.
     """
     import mlflow
@@ -45,7 +52,10 @@ def register_tokenizer(
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch, "tokenizer")
         shutil.copytree(folder, weights, ignore=shutil.ignore_patterns("artifact.json"))
-        (weights / "rules.json").write_text(json.dumps(dict(rules), indent=2))
+        (weights / "rules.json").write_text(json.dumps(dict(rules.configs), indent=2))
+        for task, uri in rules.heads.items():
+            with local_folder(uri) as head:
+                shutil.copytree(head, weights / HEADS / task)
         with mlflow.start_run(run_id=tracker.run_id):
             info = mlflow.pyfunc.log_model(
                 name="tokenizer",
@@ -58,6 +68,25 @@ def register_tokenizer(
                 registered_model_name=name,
             )
     return ModelVersion(name, int(info.registered_model_version))
+
+
+def register_judge(tracker: Tracker, folder: str, *, name: str, figures: Mapping[str, Any]) -> ModelVersion:
+    """Register the judge in ``folder`` under ``name``: its files, no pickle, and what it scored as tags."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    client = mlflow.MlflowClient(tracking_uri=tracker.uri, registry_uri=tracker.uri)
+    client.log_artifacts(tracker.run_id, folder, f"judges/{name}")
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"{client.get_run(tracker.run_id).info.artifact_uri}/judges/{name}"
+    made = client.create_model_version(
+        name, source, run_id=tracker.run_id, tags={f"judge.{key}": str(value) for key, value in figures.items()}
+    )
+    return ModelVersion(name, int(made.version))
 
 
 def download_tokenizer(uri: str) -> str:
@@ -120,7 +149,7 @@ def resolve_model(name: str) -> str:
     Raises ValueError when there is no tokenizer.
     """
     registered = ":/" in name and not is_bucket(name)
-    folder = str(STARTER) if name == "starter" else download_tokenizer(name) if registered else name
+    folder = download_tokenizer(name) if registered else model_folder(name)
     if is_bucket(name):
         check(name, "--model")
     if not all(exists(join(folder, file)) for file in ("weights.safetensors", "config.json")):

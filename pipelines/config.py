@@ -13,20 +13,23 @@ from components.config import (
     InferenceResources,
     IngestConfig,
     IngestResources,
+    MatrixConfig,
     MlflowSettings,
     OptimizerConfig,
+    PackConfig,
     PublishConfig,
+    QualityConfig,
     RaySettings,
     S3Settings,
     Settings,
-    TaskConfig,
     TrainConfig,
     TrainResources,
 )
 from components.sources import DEMO
+from components.task_config import TaskConfig
 from model.config import SIZES, AlitConfig, BaseObjectiveConfig, DistillConfig
 from model.recipes import FinetuneConfig
-from model.starter import STARTER
+from model.starter import STARTER_NAME
 
 READY = Path(__file__).parent / "configs"
 
@@ -69,8 +72,8 @@ class TrainingSection(TrainResources):
 
     @property
     def start_folder(self) -> str | None:
-        """The folder of the tokenizer to go on from; None from scratch."""
-        return {"scratch": None, "starter": str(STARTER)}.get(self.start, self.start)
+        """The folder of the tokenizer to go on from, or "starter", which each node has; None from scratch."""
+        return None if self.start == "scratch" else self.start
 
     def resources(self) -> TrainResources:
         """The part that must not change results."""
@@ -91,7 +94,8 @@ class TrainingSection(TrainResources):
         self._check_strategy()
         folder = self.start_folder
         here = (info.context or {}).get("folders_exist", True)
-        if folder and "://" not in folder and here and not (Path(folder) / "config.json").is_file():
+        known = folder is None or folder == STARTER_NAME or "://" in folder
+        if folder and not known and here and not (Path(folder) / "config.json").is_file():
             raise ValueError(f"from = {self.start!r}: scratch, starter, or the folder of a Tokenizer artifact")
         return self
 
@@ -120,6 +124,9 @@ class RunConfig(Settings):
     training: TrainingSection
     inference: InferenceResources = InferenceResources()
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
+    pack: PackConfig = PackConfig()
+    quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults
+    matrix: MatrixConfig | None = MatrixConfig()
     publish: PublishConfig = PublishConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()
@@ -132,6 +139,9 @@ class RunConfig(Settings):
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: the names {names} must differ")
+        distances = {task.perceptual for task in self.tasks if "perceptual" in task.pixel_metrics}
+        if len(distances) > 1:
+            raise ValueError(f"tasks: perceptual is one column for all tasks, not {sorted(map(str, distances))}")
         return self
 
     def task(self, name: str) -> TaskConfig:
@@ -203,14 +213,34 @@ def _child(place: Any, name: str, text: str) -> Any:
 
 
 def _with_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with a local source as an absolute path: workers have another working directory."""
-    data = raw.get("data")
-    if not isinstance(data, dict):
-        return dict(raw)
-    source = data.get("source")
-    if not isinstance(source, str) or source == DEMO or "://" in source:
-        return dict(raw)
-    return {**raw, "data": {**data, "source": str(Path(source).expanduser().absolute())}}
+    """The config with local files as absolute paths: workers have another working directory."""
+    made = dict(raw)
+    data, tasks = raw.get("data"), raw.get("tasks")
+    source = data.get("source") if isinstance(data, dict) else None
+    if isinstance(data, dict) and isinstance(source, str) and source != DEMO and "://" not in source:
+        made["data"] = {**data, "source": _absolute(source)}
+    quality = raw.get("quality")
+    if isinstance(quality, dict) and isinstance(quality.get("inception"), str):
+        made["quality"] = {**quality, "inception": _absolute(quality["inception"])}
+    if isinstance(tasks, list):
+        made["tasks"] = [_with_task_paths(task) if isinstance(task, dict) else task for task in tasks]
+    return made
+
+
+def _with_task_paths(task: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(task)
+    kind, _, place = str(task.get("judge", "")).partition(":")
+    if kind in ("torchscript", "onnx"):
+        made["judge"] = f"{kind}:{_absolute(place)}"
+    for section, name in (("judge_options", "classes"), ("perceptual", "weights")):
+        values = task.get(section)
+        if isinstance(values, dict) and isinstance(values.get(name), str):
+            made[section] = {**values, name: _absolute(values[name])}
+    return made
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute()) if path else path
 
 
 def _with_sizes(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -60,9 +60,13 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
         planned = plan(wanted, workspace, options.force)
         logs = _log_folder(workspace, run_id)
         with (
-            _ray_for(planned, options, logs, stop) as have,
+            _ray_for(planned, options, logs, stop) as (have, hosts),
             _recorder(store, wanted, run_id, planned, stop) as recorder,
         ):
+            if hosts > 1 and "://" in workspace and store.uri.startswith("sqlite"):
+                _log.warning(
+                    "%s is a file on this machine; other hosts can't log to it: an MLflow server can", store.uri
+                )
             context = Context(
                 workspace=workspace,
                 planned={one.stage.name: one for one in planned},
@@ -103,11 +107,13 @@ def _log_folder(workspace: str, run_id: str) -> str:
 
 
 @contextmanager
-def _ray_for(planned: list[Planned], options: RunOptions, logs: str, stop: Stop) -> Iterator[Mapping[str, float]]:
-    """Ray, big enough for every stage to run, and its resources; no Ray when there is none to run."""
+def _ray_for(
+    planned: list[Planned], options: RunOptions, logs: str, stop: Stop
+) -> Iterator[tuple[Mapping[str, float], int]]:
+    """Ray, big enough for every stage to run, its resources and its hosts; no Ray when there is none to run."""
     to_run = [one.stage for one in planned if one.state == "run"]
     if not to_run:
-        yield {}
+        yield {}, 0
         return
     _log.info("%d of %d stages to run: %s", len(to_run), len(planned), ", ".join(stage.name for stage in to_run))
     with cluster(options.ray, join(logs, "ray.log")):
@@ -116,7 +122,7 @@ def _ray_for(planned: list[Planned], options: RunOptions, logs: str, stop: Stop)
         stop.listen()
         have = ray.cluster_resources()
         check_demand(to_run, have)
-        yield have
+        yield have, len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
 
 
 @contextmanager

@@ -14,22 +14,22 @@ from components.config import (
     IngestResources,
     IngestStageConfig,
     NoConfig,
-    ScoreStageConfig,
-    TaskConfig,
 )
 from components.sources import open_source
 from components.tracking import DataSet
+from model.starter import model_folder
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
+from pipelines.demands import inference_demand, tokenizer_stage, training_demand
+from pipelines.judging import judging_stages
 from pipelines.runner import RunOptions
+from pipelines.selection import stages_from_scores
 
 
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
-    stages = [_ingest(config), _base(config), _distill(config), *_finetune(config), _tokenize(config), _score(config)]
-    for task in config.tasks:
-        stages += [select_stage(task), _pack(task, _tokenizer_stage(config))]
-    return Pipeline("train", (*stages, _publish(config)))
+    stages = [_ingest(config), _base(config), _distill(config), *_finetune(config), _tokenize(config)]
+    return Pipeline("train", (*stages, *judging_stages(config), *stages_from_scores(config)))
 
 
 def options_of(
@@ -86,7 +86,7 @@ def _base(config: RunConfig) -> Stage:
         resources=training.resources(),
         needs={"images": "ingest"},
         fingerprint=_start(training.start_folder),
-        demand=_training_demand(config),
+        demand=training_demand(config),
         headline=("steps", "l1"),
     )
 
@@ -108,7 +108,7 @@ def _distill(config: RunConfig) -> Stage:
         resources=training.resources(),
         needs={"images": "ingest", "base": "base"},
         fingerprint=_start(training.start_folder),
-        demand=_training_demand(config),
+        demand=training_demand(config),
         headline=("steps", f"l1@{smallest}", f"l1@{largest}"),
     )
 
@@ -130,15 +130,10 @@ def _finetune(config: RunConfig) -> list[Stage]:
         ),
         resources=training.resources(),
         needs={"images": "ingest", "distilled": "distill"},
-        demand=_training_demand(config),
+        demand=training_demand(config),
         headline=("steps", f"perceptual@{smallest}", f"perceptual@{largest}"),
     )
     return [stage]
-
-
-def _tokenizer_stage(config: RunConfig) -> str:
-    """The stage whose Tokenizer is the result of training."""
-    return "distill" if config.training.finetune is None else "finetune"
 
 
 def _start(folder: str | None) -> dict[str, Any]:
@@ -146,31 +141,9 @@ def _start(folder: str | None) -> dict[str, Any]:
     if folder is None:
         return {}
     try:
-        return {"start": hashlib.sha256(read_bytes(join(folder, "weights.safetensors"))).hexdigest()}
+        return {"start": hashlib.sha256(read_bytes(join(model_folder(folder), "weights.safetensors"))).hexdigest()}
     except OSError as error:
         raise ConfigError(f"training.from = {folder!r}: no Tokenizer artifact can be read there: {error}") from error
-
-
-def _training_demand(config: RunConfig) -> Demand:
-    training = config.training
-    least = training.worker_range.min  # an elastic group begins with so many, and grows where there is room
-    return Demand(
-        cpus=least * training.cpus_per_worker,
-        gpus=least * training.gpus_per_worker,
-        workers=least,
-        setting="training",
-    )
-
-
-def _inference_demand(config: RunConfig) -> Demand:
-    inference = config.inference
-    return Demand(
-        cpus=inference.actors * inference.cpus_per_actor,
-        gpus=inference.actors * inference.gpus_per_actor,
-        workers=inference.actors,
-        unit="actor",
-        setting="inference",
-    )
 
 
 def _tokenize(config: RunConfig) -> Stage:
@@ -180,67 +153,7 @@ def _tokenize(config: RunConfig) -> Stage:
         produces="CodeBook",
         config=NoConfig(),
         resources=config.inference,
-        needs={"images": "ingest", "tokenizer": _tokenizer_stage(config)},
-        demand=_inference_demand(config),
+        needs={"images": "ingest", "tokenizer": tokenizer_stage(config)},
+        demand=inference_demand(config),
         headline=("images", "tokens"),
-    )
-
-
-def _score(config: RunConfig) -> Stage:
-    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
-    metrics = tuple(dict.fromkeys(metric for task in config.tasks for metric in task.metrics))
-    return Stage(
-        "score",
-        run="components.score:score",
-        produces="ScoreTable",
-        config=ScoreStageConfig(metrics=metrics),
-        resources=config.inference,
-        needs={"images": "ingest", "codes": "tokenize", "tokenizer": _tokenizer_stage(config)},
-        demand=_inference_demand(config),
-        headline=tuple(f"{metrics[0]}@{budget}" for budget in (smallest, largest)),
-    )
-
-
-def select_stage(task: TaskConfig) -> Stage:
-    """The stage that chooses counts for ``task``."""
-    return Stage(
-        f"select.{task.name}",
-        run="components.select_counts:select",
-        produces="TokenCounts",
-        config=task,
-        resources=NoConfig(),
-        needs={"scores": "score"},
-        headline=("mean_tokens", "satisfied", "counts_used"),
-    )
-
-
-def _pack(task: TaskConfig, tokenizer: str) -> Stage:
-    return Stage(
-        f"pack.{task.name}",
-        run="components.pack:pack",
-        produces="TokenArchive",
-        config=NoConfig(),
-        resources=NoConfig(),
-        needs={"codes": "tokenize", "counts": f"select.{task.name}", "tokenizer": tokenizer},
-        headline=("tokens", "mean_bits"),
-    )
-
-
-def _publish(config: RunConfig) -> Stage:
-    by_task = {f"counts_{task.name}": f"select.{task.name}" for task in config.tasks}
-    archives = {f"archive_{task.name}": f"pack.{task.name}" for task in config.tasks}
-    return Stage(
-        "publish",
-        run="components.publish:publish",
-        produces="Publication",
-        config=config.publish,
-        resources=NoConfig(),
-        needs={
-            "images": "ingest",
-            "tokenizer": _tokenizer_stage(config),
-            "scores": "score",
-            **by_task,
-            **archives,
-        },
-        headline=("model", "version"),
     )

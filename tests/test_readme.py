@@ -7,6 +7,7 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.config import READY
+from tests.components.test_pack import packed
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -15,11 +16,12 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-def test_python_blocks_run() -> None:
+def test_python_blocks_run(tmp_path: Path) -> None:
     found = blocks("python")
     assert found
+    archive = str(packed(tmp_path, sizes_images=0)[0])
     for block in found:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block.replace("path/to/archive", archive), "README.md", "exec"), {})
 
 
 def test_every_command_of_the_readme_exists(capsys: pytest.CaptureFixture[str]) -> None:

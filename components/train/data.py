@@ -47,19 +47,12 @@ class Batches(Protocol):
         ...
 
 
-def count_train(images: ImageSet) -> dict[str, int]:
-    """How many images of the train split each file of the table has; only that column is read."""
-    counts = {}
-    for name, table in _tables(images, ["split"]):
-        counts[name] = int(pc.sum(pc.equal(table["split"], "train")).as_py() or 0)
-    return counts
-
-
 @dataclass(frozen=True)
 class Decode:
     """Rows of an ImageSet as arrays: image_id, image (uint8 [3, H, W]) and target columns.
 
-    A label becomes its number among ``classes`` (-1: none, or another); see components.targets for depth and mask.
+    A label becomes its number among ``classes`` (-1: another); see components.targets for depth and mask. Images
+    that lack one of the targets are left out.
     """
 
     targets: tuple[str, ...] = ()
@@ -70,6 +63,13 @@ class Decode:
         """What is read of the table."""
         return ["image_id", "split", "image", *self.targets]
 
+    def rows(self, table: pa.Table, split: str) -> pa.Table:
+        """Those of ``split`` that have every target."""
+        wanted = pc.equal(table["split"], split)
+        for name in self.targets:
+            wanted = pc.and_(wanted, pc.is_valid(table[name]))
+        return table.filter(wanted)
+
     def __call__(self, table: Any) -> dict[str, Any]:
         """For Ray Data."""
         found = decode_targets(table, self.targets)
@@ -77,6 +77,12 @@ class Decode:
             numbers = {name: number for number, name in enumerate(self.classes)}
             found["label"] = np.array([numbers.get(name, -1) for name in found["label"]], dtype=np.int64)
         return {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist()), **found}
+
+
+def count_train(images: ImageSet, decode: Decode) -> dict[str, int]:
+    """How many images each file of the table has to train on; only the columns that say so are read."""
+    tables = _tables(images, ["split", *decode.targets])
+    return {name: len(decode.rows(table, "train")) for name, table in tables}
 
 
 def label_names(images: ImageSet) -> tuple[str, ...]:
@@ -102,12 +108,12 @@ def train_dataset(table_uri: str, counts: Mapping[str, int], decode: Decode, tas
 def _read_train(table_uri: str, decode: Decode, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
     store, folder = filesystem(table_uri)
     table = pq.read_table(f"{folder}/{batch['name'][0]}", filesystem=store, columns=decode.columns)
-    return decode(table.filter(pc.equal(table["split"], "train")))
+    return decode(decode.rows(table, "train"))
 
 
 def held_out(images: ImageSet, limit: int, decode: Decode, share: Share | None = None) -> Batch:
     """At most ``limit`` images of the val split, those with the smallest ids; of these the ``share`` of one worker."""
-    found = heapq.nsmallest(limit, _val_rows(images))
+    found = heapq.nsmallest(limit, _val_rows(images, decode))
     share = share or Share(0, 1, 1)
     wanted = found[len(found) * share.start // share.of : len(found) * share.stop // share.of]
     if not wanted:
@@ -120,10 +126,12 @@ def held_out(images: ImageSet, limit: int, decode: Decode, share: Share | None =
     return _batch(decode(pa.concat_tables(parts).sort_by("image_id")))
 
 
-def _val_rows(images: ImageSet) -> Iterator[tuple[str, str, int]]:
-    for name, table in _tables(images, ["image_id", "split"]):
-        rows = np.flatnonzero(np.asarray(table["split"]) == "val")
-        yield from ((table["image_id"][int(row)].as_py(), name, int(row)) for row in rows)
+def _val_rows(images: ImageSet, decode: Decode) -> Iterator[tuple[str, str, int]]:
+    """Id, file and place in it of each image of the val split that has the targets."""
+    for name, table in _tables(images, ["image_id", "split", *decode.targets]):
+        numbered = table.append_column("row", pa.array(np.arange(len(table))))
+        kept = decode.rows(numbered, "val")
+        yield from zip(kept["image_id"].to_pylist(), [name] * len(kept), kept["row"].to_pylist(), strict=True)
 
 
 def _tables(images: ImageSet, columns: list[str]) -> Iterator[tuple[str, Any]]:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
@@ -45,7 +44,7 @@ class EpochOrder:
     """The plan of a training on ``world`` workers; raises ValueError where the batch can't be shared evenly."""
 
     table_uri: str
-    counts: Mapping[str, int]  # file -> images of the train split in it
+    counts: Mapping[str, int]  # file -> images to train on in it
     decode: Decode
     batch: int
     image_bytes: int  # of one decoded image
@@ -103,7 +102,7 @@ class EpochOrder:
         tables = []
         for name, first, last in self.rows(part):
             table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=self.decode.columns)
-            tables.append(table.filter(pc.equal(table["split"], "train"))[first:last])
+            tables.append(self.decode.rows(table, "train")[first:last])
         whole = pa.concat_tables(tables)
         return whole.take(np.random.default_rng(part.seed).permutation(len(whole)))
 

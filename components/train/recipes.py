@@ -23,13 +23,17 @@ from components.config import (
     StageTraining,
 )
 from components.images import to_float, to_uint8
+from components.judges.efficientnet import SIZE_PX
+from components.judges.probe import Probe, ProbeConfig, ProbeObjective
+from components.task_config import JudgeStageConfig
 from components.train.data import Batch
 from model import AlitTokenizer
 from model.base import build_base
 from model.base.files import load_base, save_base
 from model.finetune import FinetuneObjective
 from model.metrics import METRICS
-from model.objectives import BaseObjective, DistillObjective, Objective
+from model.objectives import BaseObjective, DistillObjective, Objective, Turn
+from model.starter import model_folder
 
 EVAL_BATCH = 32
 
@@ -88,8 +92,20 @@ def build_finetune_objective(
 
 
 def _load(uri: str) -> AlitTokenizer:
-    with local_folder(uri) as folder:
+    with local_folder(model_folder(uri)) as folder:
         return AlitTokenizer.load(folder)
+
+
+def build_probe_objective(
+    config: JudgeStageConfig, inputs: Mapping[str, Artifact], start: str | None
+) -> ProbeObjective:
+    """A fresh head on the frozen backbone."""
+    options, target = config.options, config.target
+    assert target is not None
+    outputs = {"label": len(config.labels), "depth": 1, "mask": options.num_classes or 0}[target]
+    classes = tuple((label,) for label in config.labels)
+    made = Probe.fresh(ProbeConfig(target, outputs, options.size or SIZE_PX, classes))
+    return ProbeObjective(made.train(), options.ignore)
 
 
 def evaluate_base(objective: BaseObjective, unseen: Batch) -> dict[str, float]:
@@ -116,6 +132,17 @@ def evaluate_tokenizer(objective: DistillObjective | FinetuneObjective, unseen: 
             for name, distance in distances.items():
                 sums[f"{name}@{step.num_tokens}"] += distance(pixels, restored).sum().item()
     return dict(sums)
+
+
+def evaluate_probe(objective: ProbeObjective, unseen: Batch) -> dict[str, float]:
+    """The loss."""
+    total = 0.0
+    for start in range(0, len(unseen.images), EVAL_BATCH):
+        rows = slice(start, start + EVAL_BATCH)
+        turn = Turn(targets={name: values[rows] for name, values in unseen.targets.items()})
+        images = to_float(unseen.images[rows])
+        total += objective(images, torch.Generator(), turn).total.item() * len(images)
+    return {"loss": total}
 
 
 def draw_base(objective: BaseObjective, images: Tensor) -> list[np.ndarray]:
@@ -145,6 +172,11 @@ def save_tokenizer(objective: DistillObjective | FinetuneObjective, config: Stag
     objective.tokenizer.save(folder)
 
 
+def save_probe(objective: ProbeObjective, config: JudgeStageConfig, folder: str) -> None:
+    """What the stage of the judge goes on with."""
+    objective.probe.save(folder)
+
+
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "base": Recipe(build_base_objective, evaluate_base, save_base_tokenizer, "l1", draw_base),
@@ -158,5 +190,11 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
             rivals=lambda config: {"discriminator": config.discriminator},
             goes_on=True,
         ),
+        **{
+            f"probe_{target}": Recipe(
+                build_probe_objective, evaluate_probe, save_probe, "loss", crops=False, targets=(target,)
+            )
+            for target in ("label", "depth", "mask")
+        },
     }
 )

@@ -55,12 +55,13 @@ def train(
 
     images = inputs["images"]
     assert isinstance(images, ImageSet)
-    counts, batch = count_train(images), config.train.batch_size
-    number, image_bytes = sum(counts.values()), 3 * config.image_size**2
-    if number < batch:
-        raise ValueError(f"training.{recipe}.batch_size = {batch}: the train split has only {number} images")
     targets = RECIPES[recipe].targets
     decode = Decode(targets, label_names(images) if "label" in targets else ())
+    counts, batch = count_train(images, decode), config.train.batch_size
+    number, image_bytes = sum(counts.values()), 3 * config.image_size**2
+    if number < batch:
+        having = f" with a {' and a '.join(targets)}" if targets else ""
+        raise ValueError(f"{recipe}: batch_size = {batch}, the train split has only {number} images{having}")
     order = None
     if number * image_bytes > resources.cache_mb * 2**20:
         order = EpochOrder(images.table_uri, counts, decode, batch, image_bytes, config.train.seed)

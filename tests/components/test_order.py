@@ -47,7 +47,7 @@ def order(images: ImageSet, batch: int, world: int, steps_per_window: int, seed:
         def steps_per_window(self) -> int:
             return steps_per_window
 
-    return Narrow(images.table_uri, count_train(images), Decode(), batch, 3 * SIDE * SIDE, seed, world)
+    return Narrow(images.table_uri, count_train(images, Decode()), Decode(), batch, 3 * SIDE * SIDE, seed, world)
 
 
 def ids(plan: EpochOrder, part: Part) -> list[str]:
@@ -66,7 +66,7 @@ def batches(plan: EpochOrder, epoch: int, first_step: int = 0) -> list[list[list
 
 
 def test_the_counts_are_those_of_the_train_split(images: ImageSet) -> None:
-    assert tuple(count_train(images).values()) == FILES
+    assert tuple(count_train(images, Decode()).values()) == FILES
 
 
 @settings(max_examples=25, deadline=None)

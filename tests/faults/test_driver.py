@@ -2,40 +2,27 @@
 
 import re
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import ALIT, ROOT, SMALL, alit, environment, settings
+from tests.faults.conftest import LONG, STREAMED, weights
+from tests.faults.nodes import start
+from tests.integration.conftest import alit, settings
 
 pytestmark = pytest.mark.slow
 
-LONG = ("training.distill.further_steps=30", "training.checkpoint_every=5", "training.eval_every=30")
 
-
-def run_until(line: str, arguments: list[str], log: Path, timeout_s: float = 300) -> subprocess.Popen[bytes]:
-    """Start a run and wait for a progress line that matches ``line``."""
-    with log.open("wb") as sink:
-        driver = subprocess.Popen([*ALIT, "run", *arguments], stdout=sink, stderr=sink, cwd=ROOT, env=environment())
-    deadline = time.monotonic() + timeout_s
-    while not re.search(line, log.read_text()):
-        assert driver.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.2)
-    return driver
-
-
-def test_kill_the_driver_in_the_middle_of_distill(tmp_path: Path) -> None:
+def test_kill_the_driver_in_the_middle_of_distill(tmp_path: Path, unbroken: Path) -> None:
     """The next run skips what stands, goes on from the last checkpoint, and ends with the weights of an unbroken run.
 
     Bitwise: each step follows from the seed and its number, and the checkpoint has all the rest.
     """
-    arguments = ["demo", *settings(f"workspace={tmp_path}/broken", *SMALL, *LONG)]
-    driver = run_until(r"distill +step 1[2-9]/30", arguments, tmp_path / "first.log")
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    arguments = ["demo", *settings(f"workspace={tmp_path}/broken", *STREAMED)]
+    first = start(arguments, tmp_path / "first.log")
+    first.wait_for(r"distill +step 1[2-9]/20")
+    first.process.send_signal(signal.SIGKILL)
+    first.finish()
     assert not list((tmp_path / "broken" / "distill").glob("*/artifact.json"))
 
     second = alit("run", *arguments)
@@ -48,17 +35,15 @@ def test_kill_the_driver_in_the_middle_of_distill(tmp_path: Path) -> None:
         assert len(list((tmp_path / "broken" / stage).glob("*/artifact.json"))) == 1, stage
     assert not list((tmp_path / "broken").glob(".drafts/*"))
 
-    whole = ["demo", *settings(f"workspace={tmp_path}/whole", *SMALL, *LONG)]
-    assert alit("run", *whole, "--until", "distill").code == 0
-    weights = [next((tmp_path / name / "distill").glob("*/weights.safetensors")) for name in ("broken", "whole")]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert weights(tmp_path / "broken") == weights(unbroken)
 
 
 def test_interrupt_stops_cleanly(tmp_path: Path) -> None:
-    arguments = ["demo", *settings(f"workspace={tmp_path}/w", *SMALL, *LONG)]
-    driver = run_until(r"distill +step [5-9]/30", arguments, tmp_path / "log")
-    driver.send_signal(signal.SIGINT)
-    assert driver.wait(timeout=60) == 128 + signal.SIGINT
+    arguments = ["demo", *settings(f"workspace={tmp_path}/w", *LONG)]
+    run = start(arguments, tmp_path / "log")
+    run.wait_for(r"distill +step [5-9]/20")
+    run.process.send_signal(signal.SIGINT)
+    assert run.finish(timeout_s=60) == 128 + signal.SIGINT
     assert re.search(r"^distill +cancelled", (tmp_path / "log").read_text(), re.MULTILINE)
     import mlflow
 

@@ -10,34 +10,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
+from tests.faults.conftest import EVERY, LONG, STREAMED, run_of, weights
 from tests.faults.nodes import Run, cluster, start, workers_below
-from tests.integration.conftest import SMALL, environment, settings
+from tests.integration.conftest import environment
 from tests.integration.test_job_submit import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
-EVERY = 5  # steps between checkpoints
-STEPS = 24
-LONG = (
-    *SMALL,
-    f"training.distill.further_steps={STEPS}",
-    f"training.checkpoint_every={EVERY}",
-    "training.eval_every=12",
-)
-STREAMED = (*LONG, "training.cache_mb=0")
 
-
-def run_of(path: Path, *values: str, until: str = "distill") -> list[str]:
-    return ["demo", *settings(f"workspace={path}", *values), "--until", until]
-
-
-def weights(workspace: Path) -> bytes:
-    (found,) = (workspace / "distill").glob("*/weights.safetensors")
-    return found.read_bytes()
+def told(fault: str, reached: int, again: int, began: float) -> None:
+    """The line for the README's table (`pytest -s`)."""
+    print(f"{fault}: had reached step {reached}, went on from step {again} after {time.monotonic() - began:.0f} s")
 
 
 def step_reached(run: Run) -> int:
@@ -48,45 +37,36 @@ def resumed_at(said: str, workers: int) -> list[int]:
     return [int(step) for step in re.findall(rf"going on from step (\d+) with {workers} workers", said)]
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images streamed, nothing killed."""
-    path = tmp_path_factory.mktemp("unbroken")
-    run = start(run_of(path / "w", *STREAMED), path / "log")
-    assert run.finish() == 0, run.said
-    return path / "w"
-
-
-def test_a_killed_worker_is_replaced_and_the_weights_are_the_same(tmp_path: Path, unbroken: Path) -> None:
+def test_killed_workers_and_a_damaged_checkpoint_change_no_weight(tmp_path: Path, unbroken: Path) -> None:
+    """A worker is killed twice; before the second time the newest checkpoint is damaged: the one before it serves."""
     run = start(run_of(tmp_path / "w", *STREAMED), tmp_path / "log")
+    run.wait_for(r"distill +step [6-9]/")
+    kill_a_worker(run, "worker killed", since=0)
+
     run.wait_for(r"distill +step 1[2-9]/")
-    victims = workers_below(run.process.pid)
-    assert len(victims) == 2
-    reached = step_reached(run)
-    victims[-1].send_signal(signal.SIGKILL)
-    assert run.finish() == 0, run.said
-    (again,) = resumed_at(run.said, workers=2)
-    assert reached - EVERY <= again
-    assert weights(tmp_path / "w") == weights(unbroken)
-
-
-def test_a_damaged_checkpoint_is_told_of_and_the_one_before_it_used(tmp_path: Path, unbroken: Path) -> None:
-    first = start(run_of(tmp_path / "w", *STREAMED), tmp_path / "first")
-    first.wait_for(r"distill +step 1[2-9]/")
-    first.process.send_signal(signal.SIGKILL)
-    first.finish()
     newest = sorted((tmp_path / "w" / "scratch" / "distill").glob("*/checkpoints/step-*/checkpoint.json"))[-1].parent
     state = newest / "state.pt"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 255
     state.write_bytes(content)
-    damaged = int(newest.name.removeprefix("step-"))
-
-    second = start(run_of(tmp_path / "w", *STREAMED), tmp_path / "second")
-    assert second.finish() == 0, second.said
-    assert f"the checkpoint of step {damaged} is damaged" in second.said
-    assert resumed_at(second.said, workers=2) == [damaged - EVERY]
+    kill_a_worker(run, "newest checkpoint damaged and worker killed", since=EVERY)
+    assert run.finish() == 0, run.said
+    assert re.search(r"the checkpoint of step \d+ is damaged", run.said)
+    assert len(resumed_at(run.said, workers=2)) == 2
     assert weights(tmp_path / "w") == weights(unbroken)
+
+
+def kill_a_worker(run: Run, fault: str, *, since: int) -> None:
+    """SIGKILL, and wait for the next start; at most a checkpoint's steps, and ``since`` more, are done again."""
+    victims = workers_below(run.process.pid)
+    assert len(victims) == 2
+    starts, reached = len(resumed_at(run.said, workers=2)), step_reached(run)
+    victims[-1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    run.wait_for(rf"(going on from step \d+ with 2 workers[\s\S]*){{{starts + 1}}}")
+    again = resumed_at(run.said, workers=2)[-1]
+    told(fault, reached, again, killed)
+    assert reached - EVERY - since <= again
 
 
 def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(tmp_path: Path) -> None:
@@ -102,77 +82,81 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(tmp_path: Path) -
         nodes.kill(victim)
         others = [node for node in nodes.nodes[1:] if node is not victim]
         nodes.kill(others[0])  # else its CPU would take the place at once
-        found = run.wait_for(r"going on from step (\d+) with 1 workers")
-        assert reached - EVERY <= int(found[1])
-        run.wait_for(rf"with 1 workers[\s\S]*distill +step {int(found[1]) + 3}/")
+        killed = time.monotonic()
+        again = int(run.wait_for(r"going on from step (\d+) with 1 workers")[1])
+        told("node killed", reached, again, killed)
+        assert reached - EVERY <= again
+        run.wait_for(rf"with 1 workers[\s\S]*distill +step {again + 3}/")
+        reached, returned = step_reached(run), time.monotonic()
         nodes.add(f"--address={nodes.address}")
-        run.wait_for(r"with 1 workers[\s\S]*going on from step \d+ with 2 workers")
+        grown = int(run.wait_for(r"with 1 workers[\s\S]*going on from step (\d+) with 2 workers")[1])
+        told("node returned", reached, grown, returned)
         assert run.finish() == 0, run.said
 
 
-def test_a_full_checkpoint_disk_costs_checkpoints_and_not_the_training(tmp_path: Path) -> None:
+@contextmanager
+def small_disk(folder: Path) -> Iterator[None]:
+    """A file system of 200 MiB at ``folder``."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(file: Path) -> None:
+    with file.open("wb") as ballast:
+        with suppress(OSError):
+            while True:
+                ballast.write(b"x" * (1 << 16))
+                ballast.flush()
+
+
+@contextmanager
+def server(folder: Path, port: int) -> Iterator[None]:
+    """`mlflow server`, killed at the end."""
+    store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", f"{folder}/files"]
+    command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *store]
+    with (folder / "server.log").open("ab") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment())
+    try:
+        wait_until_it_answers(f"http://127.0.0.1:{port}")
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def test_a_full_disk_and_mlflow_going_away_cost_no_step(tmp_path: Path) -> None:
+    """While the server is away for 30 s, the checkpoints' disk fills up; both come back while it trains."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root, which containers of CI have")
-    disk = tmp_path / "w" / "scratch"
-    disk.mkdir(parents=True)
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200m", "tmpfs", str(disk)], check=True)
-    try:
-        run = start(run_of(tmp_path / "w", *LONG), tmp_path / "log")
-        run.wait_for(r"distill +step [5-9]/")
-        ballast = disk / "ballast"
-        with ballast.open("wb") as file:
-            while True:
-                try:
-                    file.write(b"x" * (1 << 20))
-                    file.flush()
-                except OSError:
-                    break
+    port, scratch = free_port(), tmp_path / "w" / "scratch"
+    uri, more = f"http://127.0.0.1:{port}", ("training.distill.further_steps=40",)
+    with small_disk(scratch):
+        with server(tmp_path, port):
+            run = start(run_of(tmp_path / "w", *LONG, *more), tmp_path / "log", {"MLFLOW_TRACKING_URI": uri})
+            run.wait_for(r"distill +step [6-9]/")
+        away = time.monotonic()
+        fill(scratch / "ballast")
         run.wait_for(r"no checkpoint at step \d+: .*[Nn]o space left.*training goes on")
-        ballast.unlink()
-        assert run.finish() == 0, run.said
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+        (scratch / "ballast").unlink()
+        time.sleep(max(0.0, 30 - (time.monotonic() - away)))
+        with server(tmp_path, port):
+            assert run.finish() == 0, run.said
+            assert logged_steps(uri) == set(range(1, 41))
+    assert not resumed_at(run.said, workers=2)
     assert weights(tmp_path / "w")
 
 
-def test_an_mlflow_server_that_goes_away_is_caught_up_with(tmp_path: Path) -> None:
-    port = free_port()
-    uri = f"http://127.0.0.1:{port}"
+def logged_steps(uri: str) -> set[int]:
+    import mlflow
 
-    def serve() -> subprocess.Popen[bytes]:
-        store = [
-            "--backend-store-uri",
-            f"sqlite:///{tmp_path}/mlflow.db",
-            "--artifacts-destination",
-            f"{tmp_path}/files",
-        ]
-        command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1", *store]
-        with (tmp_path / "server.log").open("ab") as log:
-            return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment())
-
-    def stop(server: subprocess.Popen[bytes]) -> None:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-    server = serve()
-    try:
-        wait_until_it_answers(uri)
-        run = start(run_of(tmp_path / "w", *LONG), tmp_path / "log", {"MLFLOW_TRACKING_URI": uri})
-        run.wait_for(r"distill +step [6-9]/")
-        stop(server)
-        time.sleep(30)
-        server = serve()
-        assert run.finish() == 0, run.said
-        wait_until_it_answers(uri)
-        import mlflow
-
-        client = mlflow.MlflowClient(tracking_uri=uri)
-        (experiment,) = [found for found in client.search_experiments() if found.name == "alit"]
-        (distill,) = client.search_runs([experiment.experiment_id], "tags.`alit.stage` = 'distill'")
-        logged = {metric.step for metric in client.get_metric_history(distill.info.run_id, "train/loss")}
-        assert logged == set(range(1, STEPS + 1))
-    finally:
-        stop(server)
+    client = mlflow.MlflowClient(tracking_uri=uri)
+    (experiment,) = [found for found in client.search_experiments() if found.name == "alit"]
+    (distill,) = client.search_runs([experiment.experiment_id], "tags.`alit.stage` = 'distill'")
+    return {metric.step for metric in client.get_metric_history(distill.info.run_id, "train/loss")}
 
 
 def wait_until_it_answers(uri: str) -> None:

@@ -14,12 +14,11 @@ from components.config import (
     IngestStageConfig,
     NoConfig,
     RuleConfig,
-    ScoreStageConfig,
-    TaskConfig,
 )
 from components.ingest import ingest
 from components.score import score
 from components.select_counts import select
+from components.task_config import ScoreStageConfig, TaskConfig
 from components.tokenize_images import tokenize
 from tests.integration.conftest import Workspace
 
@@ -64,7 +63,7 @@ def test_results_do_not_depend_on_resources(finished: Workspace, tmp_path: Path)
         tokenize(job(codes), config=NoConfig(), resources=resources, images=images, tokenizer=tokenizer)
         score(
             job(scores),
-            config=ScoreStageConfig(metrics=("l1", "mse", "psnr")),
+            config=ScoreStageConfig(metrics=("l1", "mse", "psnr", "ssim", "ms_ssim")),
             resources=resources,
             images=images,
             codes=CodeBook(uri=str(codes), key="0"),

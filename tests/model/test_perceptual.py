@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 
 from model.efficientnet import EfficientNetLite0
 from model.finetune import FinetuneObjective
-from model.perceptual import LPIPS, EfficientNetDistance, build_perceptual, efficientnet_weights
+from model.perceptual import LPIPS, EfficientNetDistance, build_perceptual
 from model.recipes import FinetuneConfig, PerceptualConfig
+from model.weights import efficientnet_weights
 
 VGG = {1: (0, 2), 2: (5, 7), 3: (10, 12, 14), 4: (17, 19, 21), 5: (24, 26, 28)}
 WIDTHS = {1: 64, 2: 128, 3: 256, 4: 512, 5: 512}

@@ -22,6 +22,21 @@ MISTAKES = {
     "tokenizer.encoder_width=130": ("encoder_width = 130", "multiple of encoder_heads"),
     "tasks.0.rule.max=null": ("'threshold' rule", "max or min"),
     "tasks.0.rule.metric=ssim": ("tasks.0.rule.metric = 'ssim'", "'l1'"),
+    "tasks.0.metrics=[l1, sharpness]": ("tasks.0.metrics = 'sharpness'", "'ms_ssim'"),
+    "tasks.0.kind=depth": ("tasks.0.metrics = 'l1'", "'abs_rel'"),
+    "tasks.0.kind=sharpness": ("tasks.0.kind = 'sharpness'", "'package.module:Class' of your own"),
+    "tasks.0={name: depth, rule: {kind: best, metric: abs_rel}}": ("tasks.0.judge = 'none'", "'probe'"),
+    "tasks.0={name: depth, judge: efficientnet-lite0, rule: {kind: best, metric: rmse}}": (
+        "tasks.0.judge = 'efficientnet-lite0'",
+        "the task asks for 'depth'",
+    ),
+    "tasks.0={name: segmentation, judge: probe, rule: {kind: best, metric: miou}}": ("num_classes = None", "needs"),
+    "tasks.0={name: features, judge: 'timm', rule: {kind: best, metric: cosine}}": ("judge = 'timm'", "timm:NAME"),
+    "tasks.0={name: depth, judge: 'onnx:/no/model', rule: {kind: best, metric: rmse}}": ("/no/model", "can't be read"),
+    "tasks.0={name: mine, kind: 'no_module:Task', metrics: [x], rule: {kind: best, metric: x}}": (
+        "no_module:Task",
+        "no module 'no_module'",
+    ),
     "tasks=[]": ("tasks", "at least 1"),
     "data.source=/no/such/folder": ("/no/such/folder", "no such folder"),
     "data.source=s3://bucket/photos": ("s3://bucket/photos", "not supported yet"),
@@ -76,7 +91,7 @@ def test_a_threshold_changes_only_what_follows_from_it() -> None:
     before = build(load_config("demo")).keys()
     after = build(load_config("demo", ["tasks.0.rule.max=0.05"])).keys()
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"select.reconstruction", "pack.reconstruction", "publish"}
+    assert changed == {"select.reconstruction", "pack.reconstruction", "matrix", "publish"}
 
 
 def test_graph_is_mermaid(capsys: pytest.CaptureFixture[str]) -> None:
@@ -96,3 +111,18 @@ def test_help_needs_no_heavy_import() -> None:
     code = code.replace("print", "pipelines.cli.main(['plan', 'demo']); print")
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert said.strip().endswith("[]")
+
+
+def test_a_further_task_changes_nothing_but_score_and_what_reads_it() -> None:
+    before = build(load_config("tasks", ["data.source=demo"])).keys()
+    after = build(load_config("tasks", ["data.source=demo", "tasks.5.judge_options.gallery=100"])).keys()
+    changed = {name for name in before if before[name] != after[name]}
+    assert "judge.retrieval" in changed and "score" in changed
+    assert not changed & {"ingest", "base", "distill", "tokenize", "judge.depth", "judge.features"}
+
+
+def test_files_in_a_task_are_found_from_where_the_command_was_given(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.onnx").write_bytes(b"")
+    task = "tasks.0={name: depth, judge: 'onnx:model.onnx', rule: {kind: best, metric: rmse}}"
+    assert load_config("demo", [task]).tasks[0].judge == f"onnx:{tmp_path}/model.onnx"

@@ -1,0 +1,106 @@
+"""The stages that measure: a judge for each task that has one, and the scores of all tasks."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from components.plugins import source_digest
+from components.rules import column
+from components.task_config import (
+    JUDGE_KINDS,
+    OWN,
+    PIXEL_METRICS,
+    TASK_KINDS,
+    JudgeStageConfig,
+    ScoredTask,
+    ScoreStageConfig,
+    TaskConfig,
+)
+from model.recipes import PerceptualConfig
+from model.weights import efficientnet_weights, perceptual_weights
+from pipelines.config import ConfigError, RunConfig
+from pipelines.dag import Stage
+from pipelines.demands import inference_demand, tokenizer_stage, training_demand
+
+
+def judging_stages(config: RunConfig) -> list[Stage]:
+    """``judge.<task>`` for each task with a judge, and ``score``; raises ConfigError for a file that isn't there."""
+    try:
+        return [_judge(config, task) for task in config.tasks if task.judge != "none"] + [_score(config)]
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _judge(config: RunConfig, task: TaskConfig) -> Stage:
+    trained = task.judge == "probe"
+    return Stage(
+        f"judge.{task.name}",
+        run="components.train.probe:train_probe" if trained else "components.judges.stage:make_judge",
+        produces="Judge",
+        config=JudgeStageConfig(
+            spec=task.judge, kind=task.kind, options=task.judge_options, image_size=config.data.image_size
+        ),
+        resources=config.training.resources() if trained else config.inference,
+        needs={"images": "ingest"},
+        fingerprint=_origin(task),
+        demand=training_demand(config) if trained else inference_demand(config, actors=1),
+        headline=("accuracy", "abs_rel", "miou", "constant", "skill", "gallery"),
+    )
+
+
+def _origin(task: TaskConfig) -> dict[str, Any]:
+    """The files that a judge is made of, by their content; raises ValueError when one isn't there."""
+    kind, _, place = task.judge.partition(":")
+    files = {"classes": task.judge_options.classes} if task.judge_options.classes else {}
+    if kind in ("torchscript", "onnx"):
+        files["file"] = place
+    if kind in ("probe", "efficientnet-lite0"):
+        files["backbone"] = str(efficientnet_weights())
+    own = {place: source_digest(place) for place in (task.judge, task.kind) if _is_own(place)}
+    return {name: _digest(path) for name, path in files.items()} | own
+
+
+def _is_own(place: str) -> bool:
+    kind = place.partition(":")[0]
+    return place not in TASK_KINDS and kind not in JUDGE_KINDS and OWN.fullmatch(place) is not None
+
+
+def _digest(path: str) -> str:
+    try:
+        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        raise ValueError(f"tasks: {path!r} can't be read: {error.strerror}") from error
+
+
+def _score(config: RunConfig) -> Stage:
+    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
+    asked = {metric for task in config.tasks for metric in task.pixel_metrics}
+    metrics = tuple(metric for metric in PIXEL_METRICS if metric in asked)
+    judged = [task for task in config.tasks if task.kind != "reconstruction"]
+    distances = [task.perceptual for task in config.tasks if "perceptual" in task.pixel_metrics]
+    weights = perceptual_weights(distances[0]) if distances else None
+    columns = [*metrics, *(column(task, metric) for task in judged for metric in task.metrics)]
+    return Stage(
+        "score",
+        run="components.score:score",
+        produces="ScoreTable",
+        version="2",
+        config=ScoreStageConfig(
+            metrics=metrics,
+            perceptual=distances[0] if distances else PerceptualConfig(),
+            tasks=tuple(ScoredTask(name=task.name, kind=task.kind, metrics=task.metrics) for task in judged),
+        ),
+        resources=config.inference,
+        needs={
+            "images": "ingest",
+            "codes": "tokenize",
+            "tokenizer": tokenizer_stage(config),
+            **{f"judge_{task.name}": f"judge.{task.name}" for task in config.tasks if task.judge != "none"},
+        },
+        fingerprint={
+            **{task.kind: source_digest(task.kind) for task in judged if _is_own(task.kind)},
+            **({"perceptual": _digest(str(weights))} if weights else {}),
+        },
+        demand=inference_demand(config),
+        headline=tuple(f"{columns[0]}@{budget}" for budget in (smallest, largest)),
+    )

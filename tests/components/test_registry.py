@@ -1,0 +1,27 @@
+"""Judges in the model registry: versions with their figures, and the files come out as they went in."""
+
+from pathlib import Path
+
+import mlflow
+
+from components.registry import register_judge
+from components.tracking import Store, open_parent_run
+
+
+def test_a_judge_is_registered_with_its_figures_and_comes_out_again(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    tracker = open_parent_run(Store(uri, "alit", str(tmp_path / "files")), "run", {})
+    folder = tmp_path / "judge"
+    folder.mkdir()
+    (folder / "judge.json").write_text("{}")
+    (folder / "weights.safetensors").write_bytes(b"weights")
+    made = [
+        register_judge(tracker, str(folder), name="alit-judge-depth", figures={"abs_rel": 0.5, "skill": skill})
+        for skill in (0.1, 0.2)
+    ]
+    assert [(one.name, one.version) for one in made] == [("alit-judge-depth", 1), ("alit-judge-depth", 2)]
+    client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
+    found = client.get_model_version("alit-judge-depth", "2")
+    assert found.tags == {"judge.abs_rel": "0.5", "judge.skill": "0.2"}
+    for file in folder.iterdir():
+        assert (Path(found.source) / file.name).read_bytes() == file.read_bytes()
