@@ -11,13 +11,14 @@ import pytest
 from broken import picture, saved
 
 from components import buckets
-from components.config import DataConfig, IngestConfig, IngestStageConfig, S3Settings
+from components.config import BaseStageConfig, DataConfig, IngestConfig, IngestStageConfig, S3Settings, TrainConfig
 from components.ingest import Work, decode_block, write_listing
 from components.sources import Targets, open_source
 from components.sources.folder import FolderSource
 from components.sources.manifest import ManifestSource
 from components.sources.places import ChangedFile
 from components.sources.s3 import Bucket
+from model.config import BaseObjectiveConfig
 from pipelines.cli import main
 from pipelines.cluster import stage_environment
 from tests.s3_server import KEYS, Fault, Proxy, client_of, point, reset, s3_server, upload
@@ -70,8 +71,8 @@ def test_a_prefix_is_a_folder_with_the_same_listing_order_labels_and_splits(s3, 
 
 
 def test_listing_goes_page_by_page_and_is_known_as_it_comes(s3, server, monkeypatch):
-    put(s3, *(f"{number:04d}.png" for number in range(250)))
-    monkeypatch.setattr("components.sources.s3.PAGE", 100)
+    put(s3, *(f"{number:04d}.png" for number in range(110)))
+    monkeypatch.setattr("components.sources.s3.PAGE", 50)
     proxy = Proxy(server, lambda *_: None)
     with proxy.serve() as endpoint:
         point(monkeypatch, endpoint)
@@ -80,7 +81,7 @@ def test_listing_goes_page_by_page_and_is_known_as_it_comes(s3, server, monkeypa
         assert next(objects).path == "0000.png"
         pages = [path for method, path, _ in proxy.requests[before:] if method == "GET"]
         assert len(pages) == 1  # of three
-        assert [item.path for item in objects] == [f"{number:04d}.png" for number in range(1, 250)]
+        assert [item.path for item in objects] == [f"{number:04d}.png" for number in range(1, 110)]
         assert len([1 for method, path, _ in proxy.requests[before:] if method == "GET"]) == 3
 
 
@@ -355,16 +356,16 @@ def test_a_manifest_in_a_bucket(s3, tmp_path, suffix):
 
 
 def test_a_local_manifest_of_objects_and_what_it_costs(s3, server, monkeypatch, tmp_path):
-    names = [f"{number:05d}.png" for number in range(250)]
-    monkeypatch.setattr("components.sources.s3.PAGE", 100)
-    put(s3, *names, *(f"zz/{number}.png" for number in range(30)), body=b"x")
+    names = [f"{number:05d}.png" for number in range(110)]
+    monkeypatch.setattr("components.sources.s3.PAGE", 50)
+    put(s3, *names, *(f"zz/{number}.png" for number in range(9)), body=b"x")
     lines = ["uri", *(f"s3://photos/{name}" for name in names)]
     (tmp_path / "list.csv").write_text("\n".join(lines))
     proxy = Proxy(server, lambda *_: None)
     with proxy.serve() as endpoint:
         point(monkeypatch, endpoint)
         listed = list(source_of(tmp_path / "list.csv").list())
-        assert len(listed) == 250 and all(item.size == 1 for item in listed)
+        assert len(listed) == 110 and all(item.size == 1 for item in listed)
         assert len(proxy.requests) <= 4  # pages, not one request an object
         proxy.requests.clear()
         (tmp_path / "few.csv").write_text("uri\ns3://photos/00000.png\ns3://photos/zz/7.png\ns3://photos/no.png")
@@ -389,3 +390,31 @@ def test_a_slow_listing_is_waited_for(s3, server, monkeypatch):
         began = time.monotonic()
         assert len(list(source_of("s3://photos").list())) == 1
         assert time.monotonic() - began > 0.5
+
+
+# --- encode, decode and going on from a tokenizer, all in buckets -----------------------------------------------------
+
+
+def test_a_tokenizer_images_and_tokens_in_buckets(s3, tmp_path, capfd):
+    from components.train.recipes import build_base_objective
+    from model import AlitTokenizer
+    from model.starter import STARTER
+
+    upload(s3, STARTER, "photos", "model/")
+    put(s3, "in/a.png", "in/b.png")
+    put(s3, "in/c.png", body=b"no image")
+    paths = ("--model", "s3://photos/model", "--input", "s3://photos/in", "--output", "s3://photos/tokens")
+    assert main(["encode", *paths, "--tokens", "8"]) == 0
+    assert "2 images, 1 rejected" in capfd.readouterr().out
+    archive = ("--model", "s3://photos/model", "--input", "s3://photos/tokens", "--output", str(tmp_path / "back"))
+    assert main(["decode", *archive]) == 0
+    assert len(list((tmp_path / "back").glob("*.png"))) == 2
+    capfd.readouterr()
+    line = one_line(capfd, "encode", "--model", "s3://photos/none", *paths[2:], "--tokens", "8")
+    assert "--model 's3://photos/none': no tokenizer there" in line
+    config = AlitTokenizer.load(STARTER).config.base
+    stage = BaseStageConfig(
+        image_size=64, base=config, objective=BaseObjectiveConfig(), train=TrainConfig(steps=1, batch_size=2)
+    )
+    ours, starter = (build_base_objective(stage, {}, start) for start in ("s3://photos/model", "starter"))
+    assert all((a == b).all() for a, b in zip(ours.base.parameters(), starter.base.parameters(), strict=True))
