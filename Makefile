@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench-model bench-select
+.PHONY: demo test lint bench-model bench-select bench-train
 
 demo: .venv/installed
 	$(BIN)/alit run pipelines/configs/demo.yaml
@@ -17,6 +17,9 @@ lint: .venv/installed
 
 bench-model: .venv/installed
 	$(BIN)/python -m tests.bench.bench_model
+
+bench-train: .venv/installed
+	$(BIN)/python -m tests.bench.bench_train
 
 bench-select: .venv/installed
 	$(BIN)/python -m tests.bench.bench_select

@@ -56,7 +56,7 @@ def describe(config: RuleConfig) -> str:
     if config.kind == "within":
         return f"{config.metric} within {config.ratio} of the most tokens"
     if config.kind == "mean_tokens":
-        return f"least {config.metric} at {config.mean} tokens a mean image"
+        return f"best mean {config.metric} at {config.mean:g} tokens a mean image"
     if config.kind == "fixed":
         return f"{config.num_tokens} tokens"
     return f"best {config.metric}"
