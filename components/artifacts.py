@@ -21,6 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from components import buckets
+
 Figures = dict[str, float | int | str]
 
 MANIFEST = "artifact.json"
@@ -60,6 +62,9 @@ class WorkspaceError(RuntimeError):
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` (local path or ``s3://bucket/key``) and the path within it."""
+    if buckets.is_bucket(uri):
+        bucket, key = buckets.split(uri)
+        return buckets.filesystem(bucket), f"{bucket}/{key}".rstrip("/")
     if "://" in uri:
         return fs.FileSystem.from_uri(uri)
     return fs.LocalFileSystem(), str(Path(uri).expanduser().absolute())
@@ -83,11 +88,11 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """One file, whole or not at all: a local file is renamed into place, an object store puts it whole."""
     store, path = filesystem(uri)
-    store.create_dir(path.rsplit("/", 1)[0], recursive=True)
     if not isinstance(store, fs.LocalFileSystem):
         with store.open_output_stream(path) as stream:
             stream.write(data)
         return
+    store.create_dir(path.rsplit("/", 1)[0], recursive=True)
     partial = f"{path}.{uuid.uuid4().hex}.part"
     with store.open_output_stream(partial) as stream:
         stream.write(data)
@@ -134,6 +139,19 @@ def local_folder(uri: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as copy:
         fs.copy_files(path, copy, source_filesystem=store, destination_filesystem=fs.LocalFileSystem())
         yield copy
+
+
+@contextmanager
+def filled_folder(uri: str) -> Iterator[str]:
+    """A local folder to write into: ``uri`` itself, or what becomes ``uri`` in a bucket if the block ends well."""
+    store, path = filesystem(uri)
+    if isinstance(store, fs.LocalFileSystem):
+        store.create_dir(path, recursive=True)
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield made
+        fs.copy_files(made, path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=store)
 
 
 def write_table(uri: str, table: pa.Table) -> None:
@@ -330,23 +348,31 @@ class Draft:
     def commit(self, manifest: Manifest) -> str:
         """Make the artifact real and return its URI.
 
-        Locally one rename moves folder and manifest together; in a bucket the manifest is copied after all else.
+        Locally one rename moves folder and manifest together. In a bucket an older manifest goes first and the new one
+        comes last, so what is between is no artifact; S3 copies by itself, large objects in parts.
         """
         store, path = filesystem(self.uri)
         _, final = filesystem(self.final)
         write_json(join(self.uri, MANIFEST), asdict(manifest))
-        remove(self.final)
-        if isinstance(store, fs.LocalFileSystem):
-            store.create_dir(final.rsplit("/", 1)[0], recursive=True)
-            store.move(path, final)
+        if not isinstance(store, fs.LocalFileSystem):
+            self._copy()
             return self.final
-        names = [
-            i.path.removeprefix(path) for i in store.get_file_info(fs.FileSelector(path, recursive=True)) if i.is_file
-        ]
-        for name in sorted(names, key=lambda name: name == f"/{MANIFEST}"):
-            store.copy_file(path + name, final + name)
-        store.delete_dir(path)
+        remove(self.final)
+        store.create_dir(final.rsplit("/", 1)[0], recursive=True)
+        store.move(path, final)
         return self.final
+
+    def _copy(self) -> None:
+        store, path = filesystem(self.uri)
+        _, final = filesystem(self.final)
+        if exists(join(self.final, MANIFEST)):
+            store.delete_file(f"{final}/{MANIFEST}")
+        remove(self.final)
+        infos = store.get_file_info(fs.FileSelector(path, recursive=True))
+        names = [info.path.removeprefix(path) for info in infos if info.is_file]
+        buckets.copy({path + name: final + name for name in names if name != f"/{MANIFEST}"})
+        buckets.copy({f"{path}/{MANIFEST}": f"{final}/{MANIFEST}"})
+        store.delete_dir(path)
 
     def discard(self) -> None:
         """Delete what was written."""

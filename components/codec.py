@@ -79,7 +79,7 @@ def _prepared(source: str, size: int, rejected: list[dict[str, str]]) -> Iterato
     names, pngs = [], []
     for item in opened.list():
         try:
-            data = opened.read(item.path)
+            data = opened.read(item.path, item.etag)
             prepared = prepare(data, size=size, max_pixels=limits.max_pixels)
         except (BadImage, FileNotFoundError, PermissionError) as error:
             rejected.append({"uri": opened.uri(item.path), "reason": str(error)})

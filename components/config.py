@@ -34,7 +34,7 @@ class Settings(BaseModel):
 class DataConfig(Settings):
     """Where the images are and what becomes of them before a model sees them."""
 
-    source: str  # "demo", a folder, or a .csv or .jsonl manifest
+    source: str  # "demo"; or, local or s3://, a folder, tar shards, Parquet tables or a manifest
     image_size: PositiveInt = 256  # px; the short side is resized to it, the centre is kept
     held_out: Annotated[float, Field(ge=0, lt=1)] = 0.1  # share of images in the val split where the source names none
     limit: PositiveInt | None = None  # the first so many files of the listing
@@ -281,6 +281,15 @@ class RaySettings(Settings):
     address: str | None = None  # host:port of a running cluster's head, or "auto"
     num_cpus: PositiveInt | None = None  # of a Ray that is started here; none: what this process may use
     object_store_mb: Annotated[int, Field(ge=80)] = 300  # of a Ray that is started here, MiB
+
+
+class S3Settings(Settings):
+    """Where buckets are and how patient we are: AWS_* variables in the environment, else these; never credentials."""
+
+    endpoint_url: Annotated[str, Field(pattern=r"^https?://[^@\s]+$")] | None = None  # None: AWS; no user or password
+    region: Annotated[str, Field(min_length=1)] | None = None
+    profile: Annotated[str, Field(min_length=1)] | None = None  # of ~/.aws, which then every node needs
+    max_attempts: PositiveInt = 8  # of a request that was throttled, failed or cut off
 
 
 class MlflowSettings(Settings):

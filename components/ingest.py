@@ -209,7 +209,7 @@ def _image_row(item: SourceObject, work: Work) -> dict[str, Any]:
     if item.size > limits.max_bytes:
         which = "" if targets.depth is None and targets.mask is None else ", in the largest of image, depth and mask"
         raise BadImage(f"too many bytes: {item.size} are more than {limits.max_bytes}{which}")
-    data = _read(item.path, work)
+    data = _read(item.path, item.etag, work)
     prepared = prepare(data, size=size, max_pixels=limits.max_pixels)
     return {
         "image_id": image_id(item.path, data),
@@ -219,29 +219,33 @@ def _image_row(item: SourceObject, work: Work) -> dict[str, Any]:
         "height": prepared.height,
         "split": targets.split or choose_split(item.path, work.config.data.held_out),
         "image": encode_png(prepared.image),
-        "depth": _target(targets.depth, "depth", prepared, work),
-        "mask": _target(targets.mask, "mask", prepared, work),
+        "depth": _target(item, "depth", prepared, work),
+        "mask": _target(item, "mask", prepared, work),
     }
 
 
-def _target(path: str | None, kind: Kind, image: Prepared, work: Work) -> bytes | None:
-    """The depth map or mask at ``path`` as PNG at the working size; raises BadImage that names the file."""
+def _target(item: SourceObject, kind: Kind, image: Prepared, work: Work) -> bytes | None:
+    """The depth map or mask of ``item`` as PNG at the working size; raises BadImage that names the file."""
+    path: str | None = getattr(item.targets, kind)
     if path is None:
         return None
     size, max_pixels = work.config.data.image_size, work.config.limits.max_pixels
     try:
-        return prepare_target(_read(path, work), kind, like=image, size=size, max_pixels=max_pixels)
+        return prepare_target(_read(path, item.etag, work), kind, like=image, size=size, max_pixels=max_pixels)
     except BadImage as error:
         raise BadImage(f"{kind} {work.source.uri(path)}: {error.reason}") from error
 
 
-def _read(path: str, work: Work) -> bytes:
+def _read(path: str, etag: str, work: Work) -> bytes:
     """The file's content. Other errors than these two are the disk's or the network's and fail the stage."""
     try:
-        return work.source.read(path)
+        data = work.source.read(path, etag)
     except (FileNotFoundError, PermissionError) as error:
         hint = "; it is not there, or its name is not UTF-8" if isinstance(error, FileNotFoundError) else ""
         raise BadImage(f"cannot be read: {error.strerror}{hint}") from error
+    if len(data) > work.config.limits.max_bytes:  # it grew since it was listed, or its source lists no sizes
+        raise BadImage(f"too many bytes: {len(data)} are more than {work.config.limits.max_bytes}")
+    return data
 
 
 def _tally(images: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]]) -> Tally:

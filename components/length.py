@@ -23,6 +23,7 @@ from components.artifacts import (
     ScoreTable,
     Tokenizer,
     filesystem,
+    filled_folder,
     join,
     local_folder,
     read_batches,
@@ -64,7 +65,8 @@ def train_length(
     _mapped(latents, partial(_Latents, tokenizer.uri, frozenset(values)), resources, images, job)
     names, hidden = _read_latents(latents)
     head = fit_head(hidden, np.stack([values[name] for name in names]), config)
-    head.save(folder)
+    with filled_folder(folder) as here:
+        head.save(here)
     remove(latents)
     _mapped(join(job.output, "table"), partial(_Predictor, tokenizer.uri, folder), resources, images, job)
     mean = head.centre.numpy()

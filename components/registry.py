@@ -12,11 +12,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import local_folder
+from components.artifacts import exists, join, local_folder, read_json
+from components.buckets import check, is_bucket
 from components.config import RuleConfig
 from components.rules import HEADS
 from components.tracking import Tracker
-from model.starter import STARTER
+from model.starter import model_folder
 
 SERVING = Path(__file__).with_name("serving.py")
 PACKAGES = ("model", "components")  # what serving.py imports, at the version that made the weights
@@ -143,18 +144,21 @@ def _example(png: bytes) -> Any:
 
 
 def resolve_model(name: str) -> str:
-    """The local folder of ``starter``, a Tokenizer's folder, or a registered ``models:/NAME@ALIAS`` (downloaded).
+    """The folder of ``starter``, a Tokenizer's (local or s3://), or a registered ``models:/NAME@ALIAS`` (downloaded).
 
     Raises ValueError when there is no tokenizer.
     """
-    folder = Path(STARTER if name == "starter" else download_tokenizer(name) if ":/" in name else name)
-    if not (folder / "weights.safetensors").is_file() or not (folder / "config.json").is_file():
+    registered = ":/" in name and not is_bucket(name)
+    folder = download_tokenizer(name) if registered else model_folder(name)
+    if is_bucket(name):
+        check(name, "--model")
+    if not all(exists(join(folder, file)) for file in ("weights.safetensors", "config.json")):
         raise ValueError(f"--model {name!r}: no tokenizer there; starter, a Tokenizer's folder or models:/NAME@ALIAS")
-    return str(folder)
+    return folder
 
 
 def registered_rules(folder: str) -> dict[str, RuleConfig]:
     """The rule of each task that the model in ``folder`` was published with; none for a bare Tokenizer artifact."""
-    file = Path(folder) / "rules.json"
-    rules = json.loads(file.read_text()) if file.is_file() else {}
+    file = join(folder, "rules.json")
+    rules = read_json(file) if exists(file) else {}
     return {task: RuleConfig.model_validate(rule) for task, rule in rules.items()}

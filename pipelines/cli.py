@@ -8,8 +8,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipelines.config import ConfigError
+
+if TYPE_CHECKING:
+    from pipelines.config import RunConfig
 
 _out = logging.getLogger("alit")
 
@@ -28,6 +32,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for example, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except ConnectionError as error:
+        _out.error("error: %s", error)
+        return 1
 
 
 def _configure_output() -> None:
@@ -87,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument("--within", type=float, metavar="RATIO", help="within this ratio of the value at the most tokens")
     rule.add_argument("--mean-tokens", type=float, metavar="B", help="at most this many tokens a mean image")
     encode = add("encode", _encode, "Encode a folder of images into a token archive.")
-    _add_paths(encode, "a folder of images, or a .csv or .jsonl manifest of them")
+    _add_paths(encode, "images: a folder, .tar shards, .parquet tables or a manifest, local or s3://")
     count = encode.add_mutually_exclusive_group(required=True)
     count.add_argument("--task", help="the rule registered with the model for this task")
     count.add_argument("--tokens", type=int, metavar="N", help="the same number for every image")
@@ -115,14 +122,26 @@ def _add_paths(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--output", required=True, help="a folder; made if missing")
 
 
+def _config(options: argparse.Namespace) -> "RunConfig":
+    """The config, after what it says of buckets counts here, and its workspace, if in one, is known to be there."""
+    from components import buckets
+    from pipelines.config import load_config
+
+    config = load_config(options.config, options.set)
+    buckets.use(config.s3)
+    if buckets.is_bucket(config.workspace):
+        with _user_errors():
+            buckets.check(config.workspace, "workspace")
+    return config
+
+
 def _run(options: argparse.Namespace) -> int:
     from components.artifacts import WorkspaceError
-    from pipelines.config import load_config
     from pipelines.runner import run
     from pipelines.summary import lines_of
     from pipelines.train import build, options_of
 
-    config = load_config(options.config, options.set)
+    config = _config(options)
     pipeline = build(config)
     for name in (*options.force, *([options.until] if options.until else [])):
         _known_stage(pipeline.names, name)
@@ -175,12 +194,11 @@ def _known_stage(names: Sequence[str], name: str) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from pipelines.config import load_config
     from pipelines.dag import plan
     from pipelines.summary import table
     from pipelines.train import build
 
-    config = load_config(options.config, options.set)
+    config = _config(options)
     pipeline = build(config)
     for name in options.force:
         _known_stage(pipeline.names, name)
@@ -193,19 +211,17 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _graph(options: argparse.Namespace) -> int:
-    from pipelines.config import load_config
     from pipelines.train import build
 
-    _out.info("%s", build(load_config(options.config, options.set)).mermaid().rstrip())
+    _out.info("%s", build(_config(options)).mermaid().rstrip())
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
-    from pipelines.config import load_config
     from pipelines.summary import status_rows, table
     from pipelines.train import build
 
-    config = load_config(options.config, options.set)
+    config = _config(options)
     headings = ("stage", "key", "state", "made", "size", "figures", "MLflow run")
     for line in table(headings, status_rows(build(config), config.workspace)):
         _out.info("%s", line)
@@ -214,9 +230,8 @@ def _status(options: argparse.Namespace) -> int:
 
 def _select(options: argparse.Namespace) -> int:
     from pipelines.choose import choose_again
-    from pipelines.config import load_config
 
-    config = load_config(options.config, options.set)
+    config = _config(options)
     given = {"max": options.max, "min": options.min, "ratio": options.within, "mean": options.mean_tokens}
     for line in choose_again(config, options.task, {name: value for name, value in given.items() if value is not None}):
         _out.info("%s", line)
@@ -253,10 +268,11 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _decode(options: argparse.Namespace) -> int:
+    from components.artifacts import exists, join
     from components.codec import decode_archive
     from components.registry import resolve_model
 
-    if not (Path(options.input) / "tokenizer.json").is_file():
+    if not exists(join(options.input, "tokenizer.json")):
         raise ConfigError(f"--input {options.input!r}: a token archive (a folder with tokenizer.json) is needed")
     with _user_errors():
         figures = decode_archive(resolve_model(options.model), options.input, options.output, _progress)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
+from components import buckets
 from components.artifacts import WorkspaceError
 from components.config import RaySettings
 from pipelines.dag import Demand, Stage
@@ -79,11 +80,14 @@ def _init_arguments(settings: RaySettings) -> dict[str, Any]:
 
 
 def stage_environment() -> dict[str, str]:
-    """Variables for stage processes and theirs: quiet Ray, and modules found where this process finds them."""
+    """Variables for stage processes and theirs, on any node: quiet Ray, the same buckets, the same modules.
+
+    Ray logs them, so there are no credentials among them: a node has its own, or, when we started Ray, ours.
+    """
     own = (sys.prefix, sys.base_prefix)
     folders = [os.path.abspath(p) for p in sys.path if not p.startswith(own) and (not p or os.path.isdir(p))]
     settings = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-    return {**settings, "PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
+    return {**settings, **buckets.environment(), "PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
 
 
 def check_demand(stages: Iterable[Stage], have: Mapping[str, float]) -> None:

@@ -20,6 +20,7 @@ from components.config import (
     PublishConfig,
     QualityConfig,
     RaySettings,
+    S3Settings,
     Settings,
     TrainConfig,
     TrainResources,
@@ -28,7 +29,7 @@ from components.sources import DEMO
 from components.task_config import TaskConfig
 from model.config import SIZES, AlitConfig, BaseObjectiveConfig, DistillConfig
 from model.recipes import FinetuneConfig
-from model.starter import STARTER
+from model.starter import STARTER_NAME
 
 READY = Path(__file__).parent / "configs"
 
@@ -71,8 +72,8 @@ class TrainingSection(TrainResources):
 
     @property
     def start_folder(self) -> str | None:
-        """The folder of the tokenizer to go on from; None from scratch."""
-        return {"scratch": None, "starter": str(STARTER)}.get(self.start, self.start)
+        """The folder of the tokenizer to go on from, or "starter", which each node has; None from scratch."""
+        return None if self.start == "scratch" else self.start
 
     def resources(self) -> TrainResources:
         """The part that must not change results."""
@@ -93,7 +94,8 @@ class TrainingSection(TrainResources):
         self._check_strategy()
         folder = self.start_folder
         here = (info.context or {}).get("folders_exist", True)
-        if folder and here and not (Path(folder) / "config.json").is_file():
+        known = folder is None or folder == STARTER_NAME or "://" in folder
+        if folder and not known and here and not (Path(folder) / "config.json").is_file():
             raise ValueError(f"from = {self.start!r}: scratch, starter, or the folder of a Tokenizer artifact")
         return self
 
@@ -128,6 +130,7 @@ class RunConfig(Settings):
     publish: PublishConfig = PublishConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()
+    s3: S3Settings = S3Settings()
     retries: NonNegativeInt = 2  # of a stage that failed from infrastructure
     wait_s: NonNegativeFloat = 0.0  # for another run of the workspace to end
 

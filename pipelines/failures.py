@@ -33,10 +33,13 @@ TRANSIENT_NAMES = frozenset(
         "ConnectionError",
         "TimeoutError",
         "HTTPClientError",
+        "ConnectTimeoutError",
+        "ChangedFile",  # of a source: listed anew, it is read as it is now
     }
 )
 TRANSIENT_STORE = re.compile(
-    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|INTERNAL_FAILURE|THROTTLING)"
+    r"AWS Error (NETWORK_CONNECTION|SLOW_DOWN|SERVICE_UNAVAILABLE|REQUEST_TIMEOUT|INTERNAL_FAILURE|THROTTLING"
+    r"|UNKNOWN \(HTTP status (429|5\d\d)\))"
 )
 LOST_PEER = re.compile(
     r"Connection (closed|reset) by (remote )?peer|connectFullMesh|Broken pipe|Read timeout"

@@ -1,7 +1,8 @@
 """One run at a time in a workspace.
 
-``<workspace>/.lock`` names the holder, and its modification time is the holder's heartbeat. Every change of it happens
-under ``flock`` of a guard file, held for moments only, so two runs can't both take over the lock of a dead one.
+``<workspace>/.lock`` names the holder, and its modification time is the holder's heartbeat. On a file system every
+change of it happens under ``flock`` of a guard file, held for moments only, so two runs can't both take over the lock
+of a dead one; bucket_lock.py is the same for a bucket.
 """
 
 import fcntl
@@ -17,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
 
+from components import buckets
 from components.artifacts import WorkspaceError
 
 LOCK = ".lock"
@@ -62,8 +64,17 @@ class Lock(Protocol):
 
     previous: Holder | None  # the dead run it was taken from
 
+    def take(self) -> Holder | None:
+        """Take the lock if it is free or its holder is dead; otherwise return the holder."""
+
     def held(self) -> bool:
         """Whether it is still ours; false after another run took it for dead."""
+
+    def beat(self) -> None:
+        """Show that this run is alive; raises OSError."""
+
+    def release(self) -> None:
+        """Give the workspace back."""
 
 
 @dataclass
@@ -103,52 +114,57 @@ class LocalLock:
                 (self.folder / LOCK).unlink()
 
 
-@dataclass
-class NoLock:
-    """A workspace in a bucket: nothing keeps a second run out (conditional puts are the place to start)."""
-
-    previous: Holder | None = None
-
-    def held(self) -> bool:
-        """Always true: nobody can take what was never locked."""
-        return True
-
-
 @contextmanager
 def hold(workspace: str, run_id: str, wait_s: float = 0.0) -> Iterator[Lock]:
     """Hold ``workspace`` for the length of a ``with``.
 
     Waits up to ``wait_s`` seconds for another run to end. Raises WorkspaceHeld naming the holder when it doesn't.
     """
-    if "://" in workspace:
-        _log.warning("workspace %s is in a bucket and is not locked: let no second run use it now", workspace)
-        yield NoLock()
-        return
-    lock = LocalLock(Path(workspace), Holder.me(run_id))
-    lock.folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock_of(workspace, Holder.me(run_id))
     _wait_for(lock, workspace, wait_s)
     done = threading.Event()
-    heart = threading.Thread(target=_beat_until, args=(lock, done), name="workspace-lock", daemon=True)
+    heart = threading.Thread(target=_beat_until, args=(lock, workspace, done), name="workspace-lock", daemon=True)
     heart.start()
     try:
         yield lock
     finally:
         done.set()
         heart.join()
-        lock.release()
+        _release(lock, workspace)
 
 
 def holder_of(workspace: str) -> Holder | None:
-    """The live run that holds a local workspace, or None."""
+    """The live run that holds a workspace, or None."""
+    if buckets.is_bucket(workspace):
+        from pipelines.bucket_lock import holder_in_bucket
+
+        return holder_in_bucket(workspace)
     folder = Path(workspace)
-    if "://" in workspace or not (folder / LOCK).exists():
+    if not (folder / LOCK).exists():
         return None
     with _guarded(folder) as now:
         holder = _read(folder)
         return holder if holder is not None and _alive(folder, holder, now) else None
 
 
-def _wait_for(lock: LocalLock, workspace: str, wait_s: float) -> None:
+def _lock_of(workspace: str, me: Holder) -> Lock:
+    if buckets.is_bucket(workspace):
+        from pipelines.bucket_lock import BucketLock
+
+        return BucketLock(workspace, me)
+    folder = Path(workspace)
+    folder.mkdir(parents=True, exist_ok=True)
+    return LocalLock(folder, me)
+
+
+def _release(lock: Lock, workspace: str) -> None:
+    try:
+        lock.release()
+    except OSError as error:  # the run is over; the lock goes stale by itself
+        _log.warning("the lock of %s could not be given back: %s", workspace, error)
+
+
+def _wait_for(lock: Lock, workspace: str, wait_s: float) -> None:
     deadline = time.monotonic() + wait_s
     told = False
     while (holder := lock.take()) is not None:
@@ -162,12 +178,12 @@ def _wait_for(lock: LocalLock, workspace: str, wait_s: float) -> None:
         _log.warning("took over the workspace from %s, which is dead", lock.previous)
 
 
-def _beat_until(lock: LocalLock, done: threading.Event) -> None:
+def _beat_until(lock: Lock, workspace: str, done: threading.Event) -> None:
     while not done.wait(HEARTBEAT_S):
         try:
             lock.beat()
-        except OSError:
-            _log.warning("the heartbeat of %s could not be written", lock.folder / LOCK, exc_info=True)
+        except OSError as error:
+            _log.warning("the heartbeat of %s could not be written: %s", workspace, error)
 
 
 @contextmanager
@@ -190,11 +206,16 @@ def _read(folder: Path) -> Holder | None:
         ) from error
 
 
-def _alive(folder: Path, holder: Holder, now: float) -> bool:
+def is_alive(holder: Holder, *, silent: bool) -> bool:
+    """Whether the process is there, where that can be looked up; elsewhere, whether it has a heartbeat."""
     if holder.place == _place():
         birth = _birth(holder.pid)
         return birth is not None and birth == holder.birth
-    return now - (folder / LOCK).stat().st_mtime < STALE_S
+    return not silent
+
+
+def _alive(folder: Path, holder: Holder, now: float) -> bool:
+    return is_alive(holder, silent=now - (folder / LOCK).stat().st_mtime >= STALE_S)
 
 
 def _place() -> str:

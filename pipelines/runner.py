@@ -15,6 +15,7 @@ from components.artifacts import DRAFTS, join, remove
 from components.config import MlflowSettings, RaySettings
 from components.tracking import DataSet, Status, Store
 from pipelines.cluster import check_demand, cluster
+from pipelines.config import ConfigError
 from pipelines.dag import Pipeline, Planned, plan
 from pipelines.execution import Context, Execution
 from pipelines.lock import Lock, hold
@@ -45,23 +46,27 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
     """Make every artifact of ``pipeline`` that is missing in ``workspace`` (a folder or ``s3://``).
 
     A stage that failed is in the record. Raises ValueError when an option names a stage that is not there, and, before
-    any stage starts, WorkspaceHeld, DemandError, ClusterError or TrackingError.
+    any stage starts, ConfigError, WorkspaceHeld, DemandError, ClusterError or TrackingError.
     """
     options = options or RunOptions()
     workspace = absolute(workspace)
     wanted = pipeline.until(options.until) if options.until else pipeline
     for name in options.force:
         _ = wanted[name]
-    store = tracking.store_for(options.mlflow, workspace)
+    store = _store(options.mlflow, workspace)
     started, run_id = time.monotonic(), f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
     with hold(workspace, run_id, options.wait_s) as lock, listening() as stop:
         _clean_up_after_the_dead(workspace, lock, store)
         planned = plan(wanted, workspace, options.force)
         logs = _log_folder(workspace, run_id)
         with (
-            _ray_for(planned, options, logs, stop) as have,
+            _ray_for(planned, options, logs, stop) as (have, hosts),
             _recorder(store, wanted, run_id, planned, stop) as recorder,
         ):
+            if hosts > 1 and "://" in workspace and store.uri.startswith("sqlite"):
+                _log.warning(
+                    "%s is a file on this machine; other hosts can't log to it: an MLflow server can", store.uri
+                )
             context = Context(
                 workspace=workspace,
                 planned={one.stage.name: one for one in planned},
@@ -76,14 +81,20 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
             return _finish(context, wanted.name, store, started)
 
 
+def _store(settings: MlflowSettings, workspace: str) -> Store:
+    try:
+        return tracking.store_for(settings, workspace)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
 def absolute(workspace: str) -> str:
     """The workspace as stage processes, whose folder is another one, find it."""
     return workspace.rstrip("/") if "://" in workspace else str(Path(workspace).expanduser().absolute())
 
 
 def _clean_up_after_the_dead(workspace: str, lock: Lock, store: Store) -> None:
-    if "://" not in workspace:  # the lock says that nobody writes there now
-        remove(join(workspace, DRAFTS))
+    remove(join(workspace, DRAFTS))  # the lock says that nobody writes there now
     if lock.previous is not None:
         tracking.close_abandoned(store, lock.previous.run_id)
 
@@ -96,11 +107,13 @@ def _log_folder(workspace: str, run_id: str) -> str:
 
 
 @contextmanager
-def _ray_for(planned: list[Planned], options: RunOptions, logs: str, stop: Stop) -> Iterator[Mapping[str, float]]:
-    """Ray, big enough for every stage to run, and its resources; no Ray when there is none to run."""
+def _ray_for(
+    planned: list[Planned], options: RunOptions, logs: str, stop: Stop
+) -> Iterator[tuple[Mapping[str, float], int]]:
+    """Ray, big enough for every stage to run, its resources and its hosts; no Ray when there is none to run."""
     to_run = [one.stage for one in planned if one.state == "run"]
     if not to_run:
-        yield {}
+        yield {}, 0
         return
     _log.info("%d of %d stages to run: %s", len(to_run), len(planned), ", ".join(stage.name for stage in to_run))
     with cluster(options.ray, join(logs, "ray.log")):
@@ -109,7 +122,7 @@ def _ray_for(planned: list[Planned], options: RunOptions, logs: str, stop: Stop)
         stop.listen()
         have = ray.cluster_resources()
         check_demand(to_run, have)
-        yield have
+        yield have, len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from components.artifacts import join, read_bytes
 from components.config import (
     BaseStageConfig,
     DistillStageConfig,
@@ -16,6 +17,7 @@ from components.config import (
 )
 from components.sources import open_source
 from components.tracking import DataSet
+from model.starter import model_folder
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
 from pipelines.demands import inference_demand, tokenizer_stage, training_demand
@@ -138,7 +140,10 @@ def _start(folder: str | None) -> dict[str, Any]:
     """The weights that training goes on from, by their content."""
     if folder is None:
         return {}
-    return {"start": hashlib.sha256((Path(folder) / "weights.safetensors").read_bytes()).hexdigest()}
+    try:
+        return {"start": hashlib.sha256(read_bytes(join(model_folder(folder), "weights.safetensors"))).hexdigest()}
+    except OSError as error:
+        raise ConfigError(f"training.from = {folder!r}: no Tokenizer artifact can be read there: {error}") from error
 
 
 def _tokenize(config: RunConfig) -> Stage:

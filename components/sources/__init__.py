@@ -11,7 +11,8 @@ from components.config import DataConfig
 
 DEMO = "demo"
 MANIFESTS = (".csv", ".jsonl")  # suffixes of a file that lists images
-ALLOWED = "use 'demo', a folder of images, or a .csv or .jsonl manifest"
+TAR, TABLE = ".tar", ".parquet"
+ALLOWED = "use 'demo', or, local or s3://, a folder of images, .tar shards, .parquet tables, a .csv or .jsonl manifest"
 SPLITS = {"train": "train", "val": "val", "test": "val"}  # a test set is held out too
 
 
@@ -44,28 +45,51 @@ class Source(Protocol):
     def digest(self) -> str:
         """A hash of the listing, for the key of what is made from it."""
 
-    def read(self, path: str) -> bytes:
-        """The content of an image, depth map or mask; raises OSError."""
+    def read(self, path: str, etag: str = "") -> bytes:
+        """The content of an image, depth map or mask of the object with ``etag``; raises OSError."""
 
     def uri(self, path: str) -> str:
         """Where the file is, for people."""
 
 
 def open_source(config: DataConfig) -> Source:
-    """The source that ``data.source`` names; raises ValueError when there is no such source."""
+    """The source that ``data.source`` names; raises ValueError when there is no such source.
+
+    A folder (local or s3://) has images, tar shards or Parquet tables in it: the first such file says which.
+    """
     from components.sources.demo import DemoSource
-    from components.sources.folder import FolderSource
+    from components.sources.folder import SUFFIXES, FolderSource
+    from components.sources.places import open_place
+
+    source, limit = config.source, config.limit
+    if source == DEMO:
+        return DemoSource(crops=config.crops, limit=limit)
+    if "://" in source and not source.startswith("s3://"):
+        raise ValueError(f"data.source {source!r}: unknown kind of address; {ALLOWED}")
+    is_folder = "://" not in source and Path(source).expanduser().is_dir()
+    if not is_folder and source.lower().endswith((*MANIFESTS, TAR, TABLE)):
+        return _open_files(source, limit)
+    place = open_place(source)
+    first = next(place.list((*SUFFIXES, TAR, TABLE)), None)
+    if first is not None and first.path.lower().endswith((TAR, TABLE)):
+        return _open_files(source, limit, kind=first.path.lower())
+    return FolderSource(place, limit)
+
+
+def _open_files(source: str, limit: int | None, kind: str = "") -> Source:
+    """The source whose images are inside the files that ``source`` names, or are listed in it."""
     from components.sources.manifest import ManifestSource
 
-    if config.source == DEMO:
-        return DemoSource(crops=config.crops, limit=config.limit)
-    if config.source.startswith("s3://"):
-        raise ValueError(f"data.source {config.source!r}: buckets are not supported yet; {ALLOWED}")
-    if "://" in config.source:
-        raise ValueError(f"data.source {config.source!r}: unknown kind of address; {ALLOWED}")
-    if config.source.lower().endswith(MANIFESTS) and not Path(config.source).expanduser().is_dir():
-        return ManifestSource.open(config.source, limit=config.limit)
-    return FolderSource.open(config.source, limit=config.limit)
+    kind = kind or source.lower()
+    if kind.endswith(MANIFESTS):
+        return ManifestSource.open(source, limit=limit)
+    if kind.endswith(TAR):
+        from components.sources.tar import TarSource
+
+        return TarSource.open(source, limit=limit)
+    from components.sources.table import TableSource, has_images
+
+    return TableSource.open(source, limit=limit) if has_images(source) else ManifestSource.open(source, limit=limit)
 
 
 def listing_digest(objects: Iterator[SourceObject]) -> str:

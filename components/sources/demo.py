@@ -117,7 +117,7 @@ class DemoSource:
         """sha256 over the listing: the recipe, the wheels' file sizes and every crop's place; nothing is decoded."""
         return listing_digest(self.list())
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, etag: str = "") -> bytes:
         """The crop as PNG, at its own size and in the photograph's own mode (RGB or grey)."""
         name, index = path.removesuffix(".png").split("/")
         photograph = _BY_NAME[name]

@@ -1,30 +1,36 @@
-"""Images as a table lists them, one row an image: a CSV file with a header, or JSON lines."""
+"""Images as a table lists them, one row an image: a CSV file with a header, JSON lines, or Parquet."""
 
 import csv
-import errno
 import hashlib
+import io
 import json
 import os
+import posixpath
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
-from components.sources import ALLOWED, SPLITS, SourceObject, Targets, listing_digest
+from components import buckets
+from components.sources import ALLOWED, SPLITS, TABLE, SourceObject, Targets, listing_digest
+from components.sources.places import File, Folder, Place, stream
 
 COLUMNS = ("uri", "label", "depth", "mask", "split")  # others are ignored; only uri is needed
 MAX_LINE = 1_000_000  # bytes: a file that is no table need not be read to its end
+ROWS_AT_ONCE = 1000  # whose files are looked up together
+BUFFER_BYTES = 1 << 20
 GONE = "gone"  # in place of size and time, of a file that isn't there; ingest rejects the row
 
 
 @dataclass(frozen=True)
 class ManifestSource:
-    """The rows of ``file`` (absolute): uri, label, depth, mask, split; an empty value says nothing.
+    """The rows of ``file`` (absolute, or s3://): uri, label, depth, mask, split; an empty value says nothing.
 
-    uri, depth and mask are paths of files, absolute or below the manifest's folder; links are followed. split is train,
-    val or test; a test set is held out, so it counts as val. One mistake in the file is a ValueError that names the
-    line. The rows are held in memory once, packed, to be sorted: about 140 bytes each.
+    uri, depth and mask are paths of files: below the manifest's folder, absolute where that is local (links are
+    followed), or s3://. split is train, val or test; a test set is held out, so it counts as val. One mistake in the
+    file is a ValueError that names the line. The rows are held in memory once, packed, to be sorted: about 140 bytes
+    each.
     """
 
     file: str
@@ -33,6 +39,12 @@ class ManifestSource:
     @classmethod
     def open(cls, file: str, *, limit: int | None = None) -> Self:
         """The source of ``file``; raises ValueError when it isn't a file that can be read."""
+        if buckets.is_bucket(file):
+            source = cls(file, limit)
+            if not source.place.stats([source.name]):
+                buckets.check(source.place.uri(""), "data.source")
+                raise ValueError(f"data.source {file!r}: there is no such object, or it may not be read; {ALLOWED}")
+            return source
         path = Path(file).expanduser().absolute()
         if not path.is_file():
             raise ValueError(f"data.source {file!r}: there is no such file (looked at {path}); {ALLOWED}")
@@ -40,42 +52,73 @@ class ManifestSource:
             raise ValueError(f"data.source {file!r}: it may not be read by this user; use a readable file")
         return cls(file=str(path), limit=limit)
 
+    @property
+    def place(self) -> Place:
+        """The manifest's folder."""
+        folder = self.file.rpartition("/")[0]
+        if not buckets.is_bucket(self.file):
+            return Folder(folder or "/")
+        from components.sources.s3 import Bucket
+
+        return Bucket.at(folder)
+
+    @property
+    def name(self) -> str:
+        """The manifest's name in its folder."""
+        return self.file.rpartition("/")[2]
+
     def list(self) -> Iterator[SourceObject]:
         """Every row, sorted by path; raises ValueError for a mistake in the file, before the first is given."""
-        for packed in islice(self._sorted(), self.limit):
-            path, *values = packed.decode().split("\0")
-            label, depth, mask, split, line = (value or None for value in values)
-            yield self._object(path, Targets(label, depth, mask, split), int(line or 0))
+        rows = islice((_unpacked(packed) for packed in self._sorted()), self.limit)
+        while chunk := [*islice(rows, ROWS_AT_ONCE)]:
+            files = self._files(chunk)
+            yield from (_object(path, targets, files) for path, targets, _ in chunk)
 
     def digest(self) -> str:
         """sha256 over the listing."""
         return listing_digest(self.list())
 
-    def read(self, path: str) -> bytes:
+    def read(self, path: str, etag: str = "") -> bytes:
         """The file's content; raises OSError."""
-        file = Path(self.uri(path))
-        if not file.is_file():  # opening a pipe would wait for ever
-            raise FileNotFoundError(errno.ENOENT, "No such file", str(file))
-        return file.read_bytes()
+        place, within = self._where(path)
+        return place.read(within)
 
     def uri(self, path: str) -> str:
-        """The file's absolute path."""
-        return path if path.startswith("/") else f"{self.file.rpartition('/')[0]}/{path}"
+        """The file's absolute path or its address."""
+        place, within = self._where(path)
+        return place.uri(within)
 
-    def _object(self, path: str, targets: Targets, line: int) -> SourceObject:
-        stats = [self._stat(file, line) for file in (path, targets.depth, targets.mask) if file is not None]
-        etag = hashlib.sha256(repr((targets, stats)).encode()).hexdigest()[:32]
-        return SourceObject(path, max(size for size, _ in stats), etag, targets)
+    def _where(self, path: str) -> tuple[Place, str]:
+        """The place of a file, and its path there."""
+        if not buckets.is_bucket(path):
+            return self.place, path
+        from components.sources.s3 import Bucket
 
-    def _stat(self, path: str, line: int) -> tuple[int, str]:
-        """Size in bytes and time of the last change."""
-        try:
-            stat = os.stat(self.uri(path))
-        except (FileNotFoundError, NotADirectoryError, PermissionError):
-            return 0, GONE
-        except OSError as error:
-            self._fail(line, f"{_shown(path)}: {error.strerror}; a path of a file is needed")
-        return stat.st_size, str(stat.st_mtime_ns)
+        bucket, _, key = path.removeprefix(buckets.SCHEME).partition("/")
+        return Bucket(bucket), key
+
+    def _files(self, rows: "Sequence[tuple[str, Targets, int]]") -> Mapping[str, File]:
+        """What is known of the files of ``rows``, by their paths; those that aren't there are left out."""
+        found: dict[str, File] = {}
+        for column in zip(*((path, targets.depth, targets.mask) for path, targets, _ in rows), strict=True):
+            by_place: dict[Place, dict[str, str]] = {}
+            for path in filter(None, column):
+                place, within = self._where(path)
+                by_place.setdefault(place, {})[within] = path
+            for place, paths in by_place.items():
+                try:
+                    found |= {paths[within]: file for within, file in place.stats([*paths]).items()}
+                except OSError as error:
+                    self._fail_for(error, rows)
+        return found
+
+    def _fail_for(self, error: OSError, rows: "Sequence[tuple[str, Targets, int]]") -> NoReturn:
+        """Say in which line the path is that can't be one."""
+        for path, targets, line in rows:
+            for one in filter(None, (path, targets.depth, targets.mask)):
+                if self.uri(one) == error.filename:
+                    self._fail(line, f"{_shown(one)}: {error.strerror}; a path of a file is needed")
+        raise error
 
     def _sorted(self) -> Iterator[bytes]:
         """The rows packed as path, label, depth, mask, split and line with NUL between, which sorts them by path."""
@@ -116,15 +159,30 @@ class ManifestSource:
 
     def _path(self, line: int, name: str, value: str) -> str:
         """``value`` in the one form in which the same path is the same text."""
-        path = os.path.normpath(value)
-        if "://" in value or path.split("/")[0] in ("..", "."):
-            allowed = f"a path below {os.path.dirname(self.file)!r}, or an absolute one"
+        if buckets.is_bucket(value) and value.removeprefix(buckets.SCHEME).strip("/").count("/"):
+            return value
+        path, local = posixpath.normpath(value), not buckets.is_bucket(self.file)
+        if "://" in value or path.split("/")[0] in ("..", ".") or (path.startswith("/") and not local):
+            other = "an absolute one or s3://BUCKET/KEY" if local else "s3://BUCKET/KEY"
+            allowed = f"a path below {self.file.rpartition('/')[0]!r}, or {other}"
             self._fail(line, f"{name} = {_shown(value)}: {allowed} is needed")
         return path
 
     def _records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         """Each row with the number of its first line."""
+        if self.file.lower().endswith(TABLE):
+            return self._table_rows()
         return self._json_rows() if self.file.lower().endswith(".jsonl") else self._csv_rows()
+
+    def _table_rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
+        """Rows of Parquet count from 1, as there is no header."""
+        import pyarrow.parquet as pq
+
+        with self._stream() as opened:
+            table = pq.ParquetFile(opened)
+            self._check_header(table.schema_arrow.names)
+            batches = table.iter_batches(columns=[name for name in table.schema_arrow.names if name in COLUMNS])
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
 
     def _csv_rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         reader = csv.reader(self._lines(), strict=True)
@@ -160,8 +218,8 @@ class ManifestSource:
             yield line, record
 
     def _lines(self) -> Iterator[str]:
-        with open(self.file, "rb") as stream:
-            for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE + 1), b""), start=1):
+        with self._stream() as opened:
+            for number, line in enumerate(iter(lambda: opened.readline(MAX_LINE + 1), b""), start=1):
                 if len(line) > MAX_LINE:
                     self._fail(number, f"too long: at most {MAX_LINE} bytes are allowed")
                 try:
@@ -169,8 +227,28 @@ class ManifestSource:
                 except UnicodeDecodeError as error:
                     self._fail(number, f"byte {line[error.start]:#04x} is not UTF-8, which is needed")
 
+    def _stream(self) -> io.BufferedReader:
+        found = self.place.stats([self.name])
+        if not found:
+            raise ValueError(f"data.source {self.file!r}: it is gone")
+        return stream(self.place, found[self.name], buffer_bytes=BUFFER_BYTES)
+
     def _fail(self, line: int, wrong: str) -> NoReturn:
         raise ValueError(f"data.source {self.file!r}, line {line}: {wrong}")
+
+
+def _unpacked(packed: bytes) -> tuple[str, Targets, int]:
+    """Path, targets and line of a row."""
+    path, *values = packed.decode().split("\0")
+    label, depth, mask, split, line = (value or None for value in values)
+    return path, Targets(label, depth, mask, split), int(line or 0)
+
+
+def _object(path: str, targets: Targets, files: Mapping[str, File]) -> SourceObject:
+    names = [name for name in (path, targets.depth, targets.mask) if name is not None]
+    stats = [(files[name].size, files[name].etag) if name in files else (0, GONE) for name in names]
+    etag = hashlib.sha256(repr((targets, stats)).encode()).hexdigest()[:32]
+    return SourceObject(path, max(size for size, _ in stats), etag, targets)
 
 
 def _shown(value: object) -> str:

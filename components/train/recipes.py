@@ -33,6 +33,7 @@ from model.base.files import load_base, save_base
 from model.finetune import FinetuneObjective
 from model.metrics import METRICS
 from model.objectives import BaseObjective, DistillObjective, Objective, Turn
+from model.starter import model_folder
 
 EVAL_BATCH = 32
 
@@ -61,7 +62,7 @@ class Recipe:
 
 def build_base_objective(config: BaseStageConfig, inputs: Mapping[str, Artifact], start: str | None) -> BaseObjective:
     """A fresh base, or that of the tokenizer in folder ``start``."""
-    base = AlitTokenizer.load(start).base if start else build_base(config.base)
+    base = _load(start).base if start else build_base(config.base)
     if base.config != config.base:
         raise ValueError(f"training.from: the base in {start} is {base.config}, the config asks for {config.base}")
     return BaseObjective(base.train(), config.objective)
@@ -71,7 +72,7 @@ def build_distill_objective(
     config: DistillStageConfig, inputs: Mapping[str, Artifact], start: str | None
 ) -> DistillObjective:
     """A fresh tokenizer around the trained base, or the one in folder ``start`` with that base."""
-    tokenizer = AlitTokenizer.load(start) if start else AlitTokenizer(config.tokenizer)
+    tokenizer = _load(start) if start else AlitTokenizer(config.tokenizer)
     if tokenizer.config != config.tokenizer:
         found = f"the tokenizer in {start} is {tokenizer.config}"
         raise ValueError(f"training.from: {found}, the config asks for {config.tokenizer}")
@@ -87,9 +88,12 @@ def build_finetune_objective(
 ) -> FinetuneObjective:
     """The distilled tokenizer and fresh discriminators."""
     distilled = inputs["distilled"]
-    with local_folder(distilled.uri) as folder:
-        tokenizer = AlitTokenizer.load(folder)
-    return FinetuneObjective(tokenizer.train(), config.objective)
+    return FinetuneObjective(_load(distilled.uri).train(), config.objective)
+
+
+def _load(uri: str) -> AlitTokenizer:
+    with local_folder(model_folder(uri)) as folder:
+        return AlitTokenizer.load(folder)
 
 
 def build_probe_objective(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import Artifact, BaseTokenizer, Figures, ImageSet, Job, Tokenizer, join
+from components.artifacts import Artifact, BaseTokenizer, Figures, ImageSet, Job, Tokenizer, filled_folder, join
 from components.config import (
     BaseStageConfig,
     DistillStageConfig,
@@ -94,7 +94,8 @@ def _take_over(job: Job, run: "TrainRun") -> Figures:
     from components.train.recipes import RECIPES
 
     learner = Learner(run, Place(rank=0, world=1))
-    RECIPES[run.recipe].save(learner.objective, run.config, job.output)
+    with filled_folder(job.output) as folder:
+        RECIPES[run.recipe].save(learner.objective, run.config, folder)
     figures = learner.evaluate(held_out(run.images, run.config.train.eval_images, run.decode))
     return {name.removeprefix("val/"): value for name, value in figures.items()}
 
@@ -168,6 +169,7 @@ def _save(job: Job, run: "TrainRun") -> Figures:
     learner = Learner(run, Place(rank=0, world=1))
     learner.load(checkpoints.read(step))
     learner.average.copy_to_parameters(learner.average.values)
-    RECIPES[run.recipe].save(learner.objective, run.config, job.output)
+    with filled_folder(job.output) as folder:
+        RECIPES[run.recipe].save(learner.objective, run.config, folder)
     figures: dict[str, Any] = {name.removeprefix("val/"): value for name, value in learner.metrics.items()}
     return {**figures, "step": step, "skipped_steps": learner.skipped}

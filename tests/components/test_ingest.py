@@ -137,7 +137,6 @@ def test_source_errors_name_field_value_and_what_is_allowed(tmp_path):
     for source, said in {
         f"{tmp_path}/missing": "there is no such folder",
         f"{tmp_path}/full/notes.txt": "it is not a folder",
-        "s3://bucket/images": "buckets are not supported yet",
         "http://host/images": "unknown kind of address",
     }.items():
         with pytest.raises(ValueError, match=f"data.source '{re.escape(source)}': {said}.*{ALLOWED}"):
@@ -149,7 +148,7 @@ def test_source_errors_name_field_value_and_what_is_allowed(tmp_path):
 def test_relative_source_becomes_absolute(tmp_path, monkeypatch):
     put(tmp_path, "images/1.png")
     monkeypatch.chdir(tmp_path)
-    assert open_source(DataConfig(source="images")).root == f"{tmp_path}/images"
+    assert open_source(DataConfig(source="images")).place.root == f"{tmp_path}/images"
 
 
 def test_listing_a_source_needs_no_heavy_import(tmp_path):

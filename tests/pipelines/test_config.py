@@ -39,7 +39,6 @@ MISTAKES = {
     ),
     "tasks=[]": ("tasks", "at least 1"),
     "data.source=/no/such/folder": ("/no/such/folder", "no such folder"),
-    "data.source=s3://bucket/photos": ("s3://bucket/photos", "not supported yet"),
     "training.from=/no/such/model": ("training.from = '/no/such/model'", "scratch, starter"),
     "training.distill.batch_size=1": ("distill.batch_size = 1", "at least one image a worker"),
     "training.workers={min: 3, max: 2}": ("training.workers", "min = 3"),

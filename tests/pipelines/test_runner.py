@@ -404,11 +404,6 @@ class TestLock:
             assert not lock.held()
         assert json.loads((tmp_path / ".lock").read_text())["run_id"] == "old"  # not ours to delete
 
-    def test_bucket_warns(self, caplog: pytest.LogCaptureFixture) -> None:
-        with hold("s3://bucket/workspace", "one") as lock:
-            assert lock.held()
-        assert "not locked" in caplog.text
-
     @staticmethod
     def leave_behind(workspace: Path, **changes: Any) -> None:
         workspace.mkdir(exist_ok=True)
