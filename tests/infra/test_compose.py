@@ -139,6 +139,7 @@ def test_buckets_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
         _, script, *names = SERVICES["buckets"]["command"]
         for _ in range(2):
             subprocess.run([sys.executable, HERE / script.lstrip("/"), *names], check=True)
-        assert {bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]} == set(names)
+        found = {bucket["Name"] for bucket in boto3.client("s3").list_buckets()["Buckets"]}
+        assert set(names) <= found  # moto keeps one set of buckets a process: other tests have theirs in it
     finally:
         server.stop()
