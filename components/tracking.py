@@ -89,11 +89,8 @@ class Tracker:
         """Numbers at a step, in one call. What isn't a number is left out."""
         if not self.run_id:
             return
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
         waiting = _backlog.setdefault(self.run_id, deque(maxlen=BACKLOG_METRICS))
-        waiting.extend(Metric(_name(k), float(v), now, step) for k, v in values.items() if _is_number(v))
+        waiting.extend(_metrics(values, step))
         self._send_metrics()
 
     def params(self, values: Mapping[str, Any]) -> None:
@@ -178,11 +175,7 @@ class Behind:
 
     def metrics(self, values: Mapping[str, Any], step: int) -> None:
         """Numbers at a step, with the time of this call."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        batch = [Metric(_name(k), float(v), now, step) for k, v in values.items() if _is_number(v)]
-        self._put("metrics", partial(_log_batch, self._tracker.run_id, metrics=batch))
+        self._put("metrics", partial(_log_batch, self._tracker.run_id, metrics=_metrics(values, step)))
 
     def picture(self, pixels: "np.ndarray", key: str, step: int) -> None:
         """A uint8 [H,W,3] image under ``key`` at a step."""
@@ -365,6 +358,14 @@ def _data_set_input(data: DataSet, context: str) -> Any:
     kind = data.source.split("://")[0] if "://" in data.source else "local"
     entity = Dataset(data.name, data.digest[:36], kind, source, profile=json.dumps(dict(data.counts)))
     return DatasetInput(dataset=entity, tags=[InputTag("mlflow.data.context", context)])
+
+
+def _metrics(values: Mapping[str, Any], step: int) -> list[Any]:
+    """MLflow's metrics of ``values``, as of now; what isn't a number is left out."""
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(_name(k), float(v), now, step) for k, v in values.items() if _is_number(v)]
 
 
 def _is_number(value: Any) -> bool:

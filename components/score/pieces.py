@@ -13,12 +13,12 @@ from pyarrow import fs
 
 from components.artifacts import Judge, filesystem, join, read_json, read_manifest
 from components.plugins import source_digest
+from components.scores import METRICS
 from components.task_config import TASK_KINDS, ScoreStageConfig
 from model.selection import LARGER_IS_BETTER
 from model.weights import perceptual_weights
 
 VERSION = "1"  # raise it when a metric of this software gives other values
-METRICS = "metrics.json"
 
 
 @dataclass(frozen=True)

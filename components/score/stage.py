@@ -18,9 +18,10 @@ from components.artifacts import (
 )
 from components.config import InferenceResources
 from components.mapping import Mapping, map_table, part_names
-from components.score.pieces import METRICS, Column, direction, find_earlier, wanted_columns
+from components.score.pieces import Column, direction, find_earlier, wanted_columns
 from components.score.summary import summarise
 from components.score.worker import Plan, Scorer
+from components.scores import METRICS
 from components.task_config import TASK_KINDS, ScoreStageConfig
 from components.tasks.build import build_task
 

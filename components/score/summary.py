@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 
 from components.artifacts import filesystem
 from components.mapping import part_names
+from components.scores import values_of
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,13 @@ def summarise(table: str, columns: Sequence[str], budgets: Sequence[int]) -> tup
     Reads one column at a time; ``table``: the folder of the Parquet files.
     """
     split = _column(table, "split")
-    part = "val" if (split == "val").any() else "train"
+    told_of = "val" if (split == "val").any() else "train"
     rows, missing = [], {}
     for name in columns:
-        values = _values(table, name, len(budgets))
+        values = np.concatenate([values_of(part, name, len(budgets)) for part in _parts(table, name)])
         missing[name] = int(np.isnan(values).all(axis=1).sum())
-        rows += [asdict(row) for row in _rows(name, values[split == part], budgets)]
-    return part, rows, missing
+        rows += [asdict(row) for row in _rows(name, values[split == told_of], budgets)]
+    return told_of, rows, missing
 
 
 def _rows(name: str, values: np.ndarray, budgets: Sequence[int]) -> list[Row]:
@@ -55,17 +56,6 @@ def _rows(name: str, values: np.ndarray, budgets: Sequence[int]) -> list[Row]:
 
 def _column(table: str, name: str) -> np.ndarray:
     return np.concatenate([np.asarray(part[name]).astype(str) for part in _parts(table, name)])
-
-
-def _values(table: str, name: str, num_budgets: int) -> np.ndarray:
-    """float32 [N, K], NaN for null."""
-    found = []
-    for part in _parts(table, name):
-        lists = part[name].combine_chunks()
-        values = np.full((len(lists), num_budgets), np.nan, dtype=np.float32)
-        values[np.asarray(lists.is_valid())] = lists.flatten().to_numpy().reshape(-1, num_budgets)
-        found.append(values)
-    return np.concatenate(found)
 
 
 def _parts(table: str, name: str) -> list:

@@ -4,6 +4,7 @@ Everything random in a step follows from (seed, step), and from an image's place
 generator state and the same step comes out on any number of workers, up to the rounding of sums.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -161,9 +162,8 @@ class Learner:
                     began = time.monotonic()
                     loss = self._loss(pixels, Turn(name, self.steps_done, made[number], targets))
                     forward_s += time.monotonic() - began
-                    weight = (
-                        len(pixels) * self.place.world / self.share.of
-                    )  # so that the mean over ranks is the batch's
+                    # DDP takes the mean over ranks, whose shares may differ by an image: so it is the batch's mean.
+                    weight = len(pixels) * self.place.world / self.share.of
                     player.scaler.scale(loss.total * weight).backward()
                 made[number] = loss.made
                 _add(values, name, loss, len(pixels))
@@ -208,7 +208,7 @@ class Learner:
         norm = torch.nn.utils.clip_grad_norm_(player.parameters.values(), player.config.clip_norm)
         norm = gathered(norm.detach())
         for group in player.optimizer.param_groups:
-            group["lr"] = self.rate(player)
+            group["lr"] = learning_rate(self.steps_done, self.run.num_steps, player.config, self.share.of)
         if bool(torch.isfinite(norm)):
             player.scaler.step(player.optimizer)
             self.skipped_in_a_row = 0
@@ -216,11 +216,6 @@ class Learner:
             self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         player.scaler.update()
         return norm
-
-    def rate(self, player: Player | None = None) -> float:
-        """The learning rate of the step that comes next, the model's by default."""
-        settings = (player or self.players["model"]).config
-        return learning_rate(self.steps_done, self.run.num_steps, settings, self.share.of)
 
     def told(self, outcome: Outcome) -> dict[str, float]:
         """The step's numbers over the whole batch; all workers call this, and wait for their device."""
@@ -234,7 +229,7 @@ class Learner:
         if self.skipped_in_a_row <= self.run.resources.max_skipped:
             return
         total = float(outcome.values["loss"])
-        ranks = [rank for rank, value in enumerate(self.place.gather(total)) if not _finite(value)]
+        ranks = [rank for rank, value in enumerate(self.place.gather(total)) if not math.isfinite(value)]
         raise Diverged(
             f"no finite gradient in {self.skipped_in_a_row} steps in a row, up to step {self.steps_done}; the loss "
             f"itself is not finite on {f'ranks {ranks}' if ranks else 'no rank'}"
@@ -282,7 +277,7 @@ class Learner:
             "skipped": [self.skipped, self.skipped_in_a_row],
             "players": {name: player.state() for name, player in self.players.items()},
             "average": gathered(self.average.values),
-            "buffers": {name: b for name, b in self.objective.named_buffers() if name in self._own_buffers()},
+            "buffers": self._own_buffers(),
             "metrics": self.metrics,
         }
 
@@ -300,10 +295,10 @@ class Learner:
         if self.place.leads and state["health"] is not None and self.objective.health is not None:
             self.objective.health.load_state_dict(state["health"])
 
-    def _own_buffers(self) -> set[str]:
-        """Names of what training itself changes: all but those of frozen networks."""
-        trained = {name.rpartition(".")[0] for player in self.players.values() for name in player.parameters}
-        return {name for name, _ in self.objective.named_buffers() if name.rpartition(".")[0] in trained | {""}}
+    def _own_buffers(self) -> dict[str, Tensor]:
+        """What training itself changes: all but those of frozen networks."""
+        trained = {name.rpartition(".")[0] for player in self.players.values() for name in player.parameters} | {""}
+        return {name: b for name, b in self.objective.named_buffers() if name.rpartition(".")[0] in trained}
 
     @torch.no_grad()
     def evaluate(self, unseen: Batch) -> dict[str, float]:
@@ -347,7 +342,3 @@ def _add(values: dict[str, Tensor], player: str, loss: Loss, number: int) -> Non
         named[term.name if term.num_tokens is None else f"{term.name}@{term.num_tokens}"] = term.value
     for name, value in named.items():
         values[name] = values.get(name, 0) + value.detach() * number
-
-
-def _finite(value: float) -> bool:
-    return value - value == 0

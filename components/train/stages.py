@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import Artifact, BaseTokenizer, Figures, ImageSet, Job, Tokenizer, filled_folder, join
+from components.artifacts import Artifact, BaseTokenizer, Figures, ImageSet, Job, Tokenizer, filled_folder, join, silent
 from components.config import (
     BaseStageConfig,
     DistillStageConfig,
@@ -144,7 +144,7 @@ def _fit(job: Job, run: "TrainRun", counts: Mapping[str, int]) -> None:
 
 def _newest_step(checkpoints: str) -> int:
     """The step that a group of workers goes on from."""
-    standing = _open(checkpoints, _silent).standing()
+    standing = _open(checkpoints, silent).standing()
     return standing[-1].step if standing else 0
 
 
@@ -152,10 +152,6 @@ def _open(uri: str, say: Callable[[str], None]) -> "Checkpoints":
     from components.train.checkpoints import Checkpoints
 
     return Checkpoints(uri, keep=1, say=say)
-
-
-def _silent(_: str) -> None:
-    pass
 
 
 def _save(job: Job, run: "TrainRun") -> Figures:
