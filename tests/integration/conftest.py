@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,16 @@ class Workspace:
         """The folder of the stage's artifact, the one that the run made; `alit select` may have added others since."""
         found = (self.path / stage).glob("*/artifact.json")
         return min(found, key=lambda manifest: manifest.stat().st_mtime_ns).parent
+
+
+@pytest.fixture(scope="module")
+def own_ray() -> Iterator[None]:
+    """A small Ray in this process, for stages that are called by themselves."""
+    import ray
+
+    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """length.<task>: the head trained on a Ray of its own, and the counts that follow from it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,16 +23,7 @@ pytestmark = pytest.mark.slow
 CROPS = 160
 
 
-@pytest.fixture(scope="module")
-def _ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("own_ray")
 def test_a_head_is_trained_and_chooses(tmp_path: Path) -> None:
     made = photographs(CROPS)
     scores, images = of_photographs(tmp_path / "scores", made), image_set(tmp_path / "images", made)
@@ -75,7 +65,7 @@ def test_a_head_is_trained_and_chooses(tmp_path: Path) -> None:
     assert np.mean(tokens.num_tokens == counts[:12]) > 0.9  # a batch may round a value that lies on the limit
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("own_ray")
 def test_no_value_to_learn_from_is_an_error(tmp_path: Path) -> None:
     made = photographs(40)
     empty = {"l1": np.full((40, 8), np.nan)}

@@ -1,7 +1,6 @@
 """quality on a Ray of its own: what it writes agrees with what can be worked out beside it."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -21,16 +20,7 @@ CROPS = 80
 TASKS = {"some": {"kind": "threshold", "max": 0.08}, "all_24": {"kind": "fixed", "num_tokens": 24}}
 
 
-@pytest.fixture(scope="module")
-def _ray() -> Iterator[None]:
-    import ray
-
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("own_ray")
 def test_a_whole_set(tmp_path: Path) -> None:
     made = photographs(CROPS)
     scores = of_photographs(tmp_path / "scores", made)
@@ -81,7 +71,7 @@ def test_a_whole_set(tmp_path: Path) -> None:
     print(told["in_halves"])
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("own_ray")
 def test_one_image_is_no_set(tmp_path: Path) -> None:
     made = photographs(1)
     with pytest.raises(ValueError, match="two at least"):
