@@ -1,6 +1,6 @@
 """Several hosts on this machine: network namespaces on a bridge, each with a /tmp and a home that no other one sees.
 
-Beside them, on the bridge's own address: a real S3 API and an MLflow server, as a team has them. Needs root and iproute2.
+Beside them, on the bridge: a real S3 API and an MLflow server, as a team has them. Needs root and iproute2.
 """
 
 import os
