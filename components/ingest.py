@@ -110,7 +110,7 @@ def ingest(job: Job, *, config: IngestStageConfig, resources: IngestResources) -
     )
     job.progress(f"{num_files} files listed")
     total, told = Tally(), time.monotonic()
-    with closing(_decode_all(work, num_blocks, tasks=resources.tasks)) as tallies:
+    with closing(_decode_all(work, num_blocks, resources)) as tallies:
         for tally in tallies:
             total.add(tally)
             _check_rejected(total, config.limits.max_rejected)
@@ -171,7 +171,7 @@ def choose_split(path: str, held_out: float) -> str:
     return "val" if number < held_out * 2**64 else "train"
 
 
-def _decode_all(work: Work, num_blocks: int, *, tasks: int) -> Generator[Tally, None, None]:
+def _decode_all(work: Work, num_blocks: int, resources: IngestResources) -> Generator[Tally, None, None]:
     """The blocks' tallies as they are done, in any order; closing it ends what still runs."""
     import ray.data
 
@@ -183,8 +183,9 @@ def _decode_all(work: Work, num_blocks: int, *, tasks: int) -> Generator[Tally, 
         done = blocks.map(
             _decode_row,
             fn_args=(work,),
-            compute=ray.data.TaskPoolStrategy(size=min(tasks, num_blocks)),
+            compute=ray.data.TaskPoolStrategy(size=min(resources.tasks, num_blocks)),
             num_cpus=1,
+            memory=resources.memory_mb_per_task << 20 or None,  # bytes
             ray_remote_args_fn=_remote_args,
         )
     for row in done.iter_rows():

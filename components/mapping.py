@@ -97,14 +97,16 @@ def map_table(mapping: Mapping, progress: Callable[[str], None]) -> Totals:
     store, folder = filesystem(mapping.target)
     store.create_dir(folder, recursive=True)
     names = part_names(mapping.sources[0])
-    resources = mapping.resources
+    resources, pool = mapping.resources, mapping.resources.actor_range
+    least = 1 if isinstance(resources.actors, int) else pool.min  # a fixed number works on when a node is lost
     files = ray.data.from_items([{"name": name} for name in names], override_num_blocks=len(names))
     mapped = files.map(
         _FileMapper,
         fn_constructor_args=(mapping,),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.actors),
+        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=pool.max),
         num_cpus=resources.cpus_per_actor,
         num_gpus=resources.gpus_per_actor or None,
+        memory=resources.memory_mb_per_actor << 20 or None,  # bytes
     )
     totals: Counter[str] = Counter()
     for done, row in enumerate(mapped.iter_rows(), start=1):

@@ -28,10 +28,11 @@ class Demand:
 
     cpus: float = 0.0  # held by Train workers or actors for as long as the stage runs, all of them together
     gpus: float = 0.0
+    memory_gb: float = 0.0  # set aside for them, GiB
     data_cpus: float = 0.0  # must be free beside those for Ray Data, else it waits for ever without a word
     _: KW_ONLY
     # The rest only words the message for when it doesn't fit: "set training.workers=1 or training.cpus_per_worker=0.5".
-    workers: int = 1  # how many share cpus and gpus
+    workers: int = 1  # how many share cpus, gpus and memory
     unit: str = "worker"  # what one of them is called, "actor" for example
     setting: str = ""  # config section that has `workers` and `cpus_per_worker`, such as "training"
 
