@@ -4,6 +4,7 @@
 """
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Iterator
@@ -69,8 +70,8 @@ def nightly(source: Path, *overrides: str) -> Pipeline:
 def run_nightly(
     source: Path, workspace: Path | str, *overrides: str, force: tuple[str, ...] = (), address: str | None = None
 ) -> RunRecord:
-    """Run it on the Ray that is connected, or at ``address``; the record is kept beside the workspace."""
-    store = f"sqlite:///{workspace}.db"
+    """Run it on the Ray that is connected, or at ``address``; the record is kept beside the source."""
+    store = f"sqlite:///{source}.db"
     options = RunOptions(force=force, mlflow=MlflowSettings(uri=store), ray=RaySettings(address=address))
     return run(nightly(source, *overrides), workspace=str(workspace), options=options)
 
@@ -94,7 +95,16 @@ def leftovers(workspace: Path) -> Iterator[Path]:
             yield path
 
 
+def change(source: Path, *, new: int = 12, changed: range = range(10, 13), deleted: tuple[int, ...] = ()) -> None:
+    """What happens to the source between two nights."""
+    photographs(source, range(1000, 1000 + new))
+    photographs(source, changed, shift=40)
+    for number in deleted:
+        (source / f"{number:05d}.png").unlink()
+
+
 def main() -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
     source, workspace, *address = sys.argv[1:]
     record = run_nightly(Path(source), Path(workspace), address=address[0] if address else None)
     print(json.dumps(figures(record)))

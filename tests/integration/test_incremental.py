@@ -6,20 +6,12 @@ from pathlib import Path
 import pytest
 
 from pipelines.dag import plan
-from tests.nightly import TABLES, figures, leftovers, nightly, photographs, rows, run_nightly
+from tests.nightly import TABLES, change, figures, leftovers, nightly, photographs, rows, run_nightly
 
 pytestmark = pytest.mark.slow
 
 IMAGES = 300
 BROKEN = "00150x.png"
-
-
-def change(source: Path) -> None:
-    """12 new photographs, 3 changed, 5 deleted; a file that is no image stays as it is."""
-    photographs(source, range(1000, 1012))
-    photographs(source, range(10, 13), shift=40)
-    for number in (0, 1, 99, 200, 299):
-        (source / f"{number:05d}.png").unlink()
 
 
 def test_only_what_is_new_is_read_encoded_and_scored(own_ray: None, tmp_path: Path) -> None:
@@ -32,7 +24,7 @@ def test_only_what_is_new_is_read_encoded_and_scored(own_ray: None, tmp_path: Pa
     assert told["tokenize"]["encoded"] == told["score"]["scored"] == IMAGES
     before = {stage: rows(first, stage) for stage in TABLES}
 
-    change(source)
+    change(source, deleted=(0, 1, 99, 200, 299))
     assert [(one.stage.name, one.reason) for one in plan(nightly(source), str(space)) if one.state == "run"][0] == (
         "ingest",
         "source changed",
