@@ -85,7 +85,8 @@ class _Base:
     @property
     def next_part(self) -> int:
         """Above every number there is."""
-        return (pc.max(self.parts["part"]).as_py() or 0) + 1 if len(self.parts) else 0
+        highest = pc.max(self.parts["part"]).as_py()
+        return 0 if highest is None else highest + 1
 
 
 def _compare(source: Source, base: _Base, output: str, files_per_block: int) -> Changes:
