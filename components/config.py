@@ -44,7 +44,7 @@ class DataConfig(Settings):
 class IngestConfig(Settings):
     """Limits of the ingest stage."""
 
-    max_rejected: Annotated[int, Field(ge=0)] = 1000  # more bad images than this fail the run
+    max_rejected: Annotated[int, Field(ge=0)] = 1000  # more bad images among the files that a run reads fail it
     max_pixels: PositiveInt = 100_000_000  # width x height of a source image; larger ones are rejected
     max_bytes: PositiveInt = 200_000_000  # of a source file
 

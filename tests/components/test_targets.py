@@ -21,7 +21,7 @@ from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, Job, read_batch
 from components.codec import EncodeRequest, encode_folder
 from components.config import DataConfig, IngestConfig, IngestResources, IngestStageConfig
 from components.images import decode_png, encode_png, prepare
-from components.ingest import Work, decode_block, ingest, write_listing
+from components.ingest import Work, decode_block, ingest, write_blocks
 from components.sources import open_source
 from components.targets import decode_targets, depth_to_metres, mask_ids, prepare_target
 from model.starter import STARTER
@@ -52,7 +52,7 @@ def ingested(folder: Path, rows: list[dict], *, size: int = 48, limits: IngestCo
     source = str(write(folder / "list.csv", rows))
     config = IngestStageConfig(data=DataConfig(source=source, image_size=size), limits=limits or IngestConfig())
     work = Work(open_source(config.data), config, str(folder / "out"))
-    write_listing(work.source.list(), f"{folder}/out/listing", files_per_block=1000)
+    write_blocks(work.source.list(), f"{folder}/out/blocks", files_per_block=1000)
     tally = decode_block(0, work)
     images = stored(f"{folder}/out/table", IMAGES_SCHEMA) if tally.images else []
     rejected = stored(f"{folder}/out/rejected", REJECTED_SCHEMA) if tally.rejected else []

@@ -43,7 +43,7 @@ def diamond(**changes: dict[str, Any]) -> Pipeline:
     return Pipeline("diamond", tuple(make(name, *needs[name], **changes.get(name, {})) for name in needs))
 
 
-def commit(pipeline: Pipeline, workspace: str, *names: str) -> None:
+def commit(pipeline: Pipeline, workspace: str, *names: str, files: str = "") -> None:
     """Make the named stages' artifacts stand, as the runner would."""
     keys = pipeline.keys()
     for name in names:
@@ -59,6 +59,7 @@ def commit(pipeline: Pipeline, workspace: str, *names: str) -> None:
                 counts={},
                 code=stage.version,
                 fingerprint=dict(stage.fingerprint),
+                files=files,
             )
         )
 
@@ -195,6 +196,21 @@ class TestPlan:
     def test_forced_alone(self, tmp_path: Any) -> None:
         commit(diamond(), str(tmp_path), *"abcd")
         assert reasons(diamond(), str(tmp_path), ("a",)) == {"a": "forced"}
+
+    def test_tables_follow_the_files_of_their_images(self, tmp_path: Any) -> None:
+        """One listing may be ingested into other files, after another history: what has the old ones runs again."""
+        kinds = {"images": "ImageSet", "model": "Tokenizer", "codes": "CodeBook", "scores": "ScoreTable"}
+        needs = {"images": (), "model": ("images",), "codes": ("images", "model"), "scores": ("codes",)}
+        pipeline = Pipeline("p", tuple(make(name, *needs[name], produces=kind) for name, kind in kinds.items()))
+        commit(pipeline, str(tmp_path), *kinds)
+        assert reasons(pipeline, str(tmp_path)) == {}
+        expected = {"codes": "images is made again", "scores": "codes is made again"}
+        assert reasons(pipeline, str(tmp_path), ("images",)) == {"images": "forced", **expected}
+        remove(str(tmp_path / "images"))
+        commit(pipeline, str(tmp_path), "images", files="others")
+        assert reasons(pipeline, str(tmp_path)) == expected
+        commit(pipeline, str(tmp_path), "codes", files="others")
+        assert reasons(pipeline, str(tmp_path)) == {"scores": "codes is made again"}
 
     def test_force_unknown(self, tmp_path: Any) -> None:
         with pytest.raises(ValueError, match="no stage 'z'"):
