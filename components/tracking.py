@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -300,6 +300,38 @@ def close_abandoned(store: Store, run_id: str) -> int:
         tracker.tags({"alit.state": "killed"})
         tracker.close("KILLED")
     return len(runs)
+
+
+def used_by_runs(store: Store, further: Iterable[str] = ()) -> set[str]:
+    """Keys of the artifacts (tag alit.key) that the experiment's runs refer to, unless they are deleted.
+
+    ``further``: ids of runs that count even then. Raises TrackingError when the store can't be read.
+    """
+    client, keys, token = _client(store.uri), set(), None
+    try:
+        experiment = client.get_experiment_by_name(store.experiment)
+        while experiment is not None:
+            runs = client.search_runs([experiment.experiment_id], max_results=1000, page_token=token)
+            keys |= {run.data.tags["alit.key"] for run in runs if "alit.key" in run.data.tags}
+            token = runs.token
+            if not token:
+                break
+        keys |= {key for run_id in further if (key := _tags_of(client, run_id).get("alit.key"))}
+    except Exception as error:
+        raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be read: {redact(str(error))}") from error
+    return keys
+
+
+def _tags_of(client: "MlflowClient", run_id: str) -> Mapping[str, str]:
+    """A run's tags, also of a deleted one; none of one that MLflow's own gc has removed."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).data.tags
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return {}
 
 
 def _log_batch(run_id: str, client: "MlflowClient", **entities: list[Any]) -> None:
