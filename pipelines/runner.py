@@ -77,7 +77,8 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
                 retries=options.retries,
                 backoff_s=options.backoff_s,
             )
-            _work(context, options, have)
+            recorder.describe(options.config, options.data_set, pipeline.facts)
+            _work(context, have)
             return _finish(context, wanted.name, store, started)
 
 
@@ -136,9 +137,8 @@ def _recorder(store: Store, pipeline: Pipeline, run_id: str, planned: list[Plann
         raise
 
 
-def _work(context: Context, options: RunOptions, have: Mapping[str, float]) -> None:
+def _work(context: Context, have: Mapping[str, float]) -> None:
     """Record what stands and run what doesn't."""
-    context.recorder.describe(options.config, options.data_set)
     for one in context.planned.values():
         if one.state == "stands" and one.manifest is not None:
             made, child = one.manifest, context.recorder.reused(one)
