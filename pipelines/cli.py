@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from pipelines.config import ConfigError
 
 if TYPE_CHECKING:
-    from pipelines.config import RunConfig
+    from pipelines.config import AnyConfig
 
 _out = logging.getLogger("alit")
 
@@ -93,6 +93,11 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument("--min", type=float, help="the metric is at least this")
     rule.add_argument("--within", type=float, metavar="RATIO", help="within this ratio of the value at the most tokens")
     rule.add_argument("--mean-tokens", type=float, metavar="B", help="at most this many tokens a mean image")
+    promote = add_config("promote", _promote, "Make the challenger, or a version, the champion.")
+    promote.add_argument("--version", type=int, metavar="N", help="this version of the registered model")
+    add_config("rollback", _rollback, "Return to the champion before this one.")
+    gc = add_config("gc", _gc, "List artifacts that no plan, run or registered model refers to.")
+    gc.add_argument("--delete", action="store_true", help="remove them")
     encode = add("encode", _encode, "Encode a folder of images into a token archive.")
     _add_paths(encode, "images: a folder, .tar shards, .parquet tables or a manifest, local or s3://")
     count = encode.add_mutually_exclusive_group(required=True)
@@ -122,7 +127,7 @@ def _add_paths(parser: argparse.ArgumentParser, what: str) -> None:
     parser.add_argument("--output", required=True, help="a folder; made if missing")
 
 
-def _config(options: argparse.Namespace) -> "RunConfig":
+def _config(options: argparse.Namespace) -> "AnyConfig":
     """The config, after what it says of buckets counts here, and its workspace, if in one, is known to be there."""
     from components import buckets
     from pipelines.config import load_config
@@ -137,9 +142,9 @@ def _config(options: argparse.Namespace) -> "RunConfig":
 
 def _run(options: argparse.Namespace) -> int:
     from components.artifacts import WorkspaceError
+    from pipelines.build import build, options_of
     from pipelines.runner import run
     from pipelines.summary import lines_of
-    from pipelines.train import build, options_of
 
     config = _config(options)
     pipeline = build(config)
@@ -194,9 +199,9 @@ def _known_stage(names: Sequence[str], name: str) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from pipelines.build import build
     from pipelines.dag import plan
     from pipelines.summary import table
-    from pipelines.train import build
 
     config = _config(options)
     pipeline = build(config)
@@ -206,20 +211,22 @@ def _plan(options: argparse.Namespace) -> int:
     rows = [(one.stage.name, one.key, one.state, one.reason) for one in planned]
     for line in table(("stage", "key", "state", "why"), rows):
         _out.info("%s", line)
+    for name, fact in pipeline.facts.items():
+        _out.info("%-10s %s", name, fact)
     _out.info("%d of %d stages would run", sum(one.state == "run" for one in planned), len(planned))
     return 0
 
 
 def _graph(options: argparse.Namespace) -> int:
-    from pipelines.train import build
+    from pipelines.build import build
 
     _out.info("%s", build(_config(options)).mermaid().rstrip())
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
+    from pipelines.build import build
     from pipelines.summary import status_rows, table
-    from pipelines.train import build
 
     config = _config(options)
     headings = ("stage", "key", "state", "made", "size", "figures", "MLflow run")
@@ -235,6 +242,35 @@ def _select(options: argparse.Namespace) -> int:
     given = {"max": options.max, "min": options.min, "ratio": options.within, "mean": options.mean_tokens}
     for line in choose_again(config, options.task, {name: value for name, value in given.items() if value is not None}):
         _out.info("%s", line)
+    return 0
+
+
+def _promote(options: argparse.Namespace) -> int:
+    from pipelines.promotion import promote
+
+    return _say_all(promote(_config(options), options.version))
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    from pipelines.promotion import rollback
+
+    return _say_all(rollback(_config(options)))
+
+
+def _gc(options: argparse.Namespace) -> int:
+    from components.artifacts import WorkspaceError
+    from pipelines.garbage import collect
+
+    try:
+        return _say_all(collect(_config(options), delete=options.delete))
+    except WorkspaceError as error:
+        _out.error("error: %s", error)
+        return 1
+
+
+def _say_all(lines: Iterable[str]) -> int:
+    for line in lines:
+        _say(line)
     return 0
 
 
