@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,6 +42,8 @@ CATCH_UP_S = 180.0  # at the end of a training, for a server that is away
 METRICS_PER_CALL = 1000  # MLflow's limit
 PAIRS_PER_CALL = 100  # MLflow's limit for params and tags
 VALUE_LENGTH = 500
+RUNS_PER_CALL = 1000
+PARENT = "mlflow.parentRunId"  # tag
 
 _backlog: dict[str, deque[Any]] = {}  # run id -> metrics that were not sent yet
 _away_until: dict[str, float] = {}  # tracking URI -> monotonic time
@@ -276,7 +278,7 @@ def open_parent_run(store: Store, name: str, tags: Mapping[str, str]) -> Tracker
 def open_child(parent: Tracker, name: str, tags: Mapping[str, str]) -> Tracker:
     """A run below ``parent``. When MLflow is away, a tracker that writes nothing."""
     made: list[str] = []
-    nested = {**_run_tags(tags), "mlflow.parentRunId": parent.run_id}
+    nested = {**_run_tags(tags), PARENT: parent.run_id}
     parent._send(
         "a child run",
         lambda client: made.append(client.create_run(parent.experiment, tags=nested, run_name=name).info.run_id),
@@ -302,24 +304,33 @@ def close_abandoned(store: Store, run_id: str) -> int:
     return len(runs)
 
 
-def used_by_runs(store: Store, further: Iterable[str] = ()) -> set[str]:
-    """Keys of the artifacts (tag alit.key) that the experiment's runs refer to, unless they are deleted.
+def used_by_runs(store: Store, newest: int | None = None, further: Iterable[str] = ()) -> set[str]:
+    """Keys of the artifacts (tag alit.key) that the experiment's runs refer to, unless these are deleted.
 
-    ``further``: ids of runs that count even then. Raises TrackingError when the store can't be read.
+    ``newest``: of so many pipeline runs; None: of all. ``further``: ids of runs that count though they be deleted.
+    Raises TrackingError when the store can't be read.
     """
-    client, keys, token = _client(store.uri), set(), None
+    client = _client(store.uri)
     try:
-        experiment = client.get_experiment_by_name(store.experiment)
-        while experiment is not None:
-            runs = client.search_runs([experiment.experiment_id], max_results=1000, page_token=token)
-            keys |= {run.data.tags["alit.key"] for run in runs if "alit.key" in run.data.tags}
-            token = runs.token
-            if not token:
-                break
-        keys |= {key for run_id in further if (key := _tags_of(client, run_id).get("alit.key"))}
+        runs = list(_runs(client, store))
+        pipelines = [run.info.run_id for run in runs if PARENT not in run.data.tags]
+        counted = set(pipelines if newest is None else pipelines[:newest])
+        tags = [run.data.tags for run in runs if run.data.tags.get(PARENT) in counted]
+        tags += [_tags_of(client, run_id) for run_id in further]
     except Exception as error:
         raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be read: {redact(str(error))}") from error
-    return keys
+    return {found["alit.key"] for found in tags if "alit.key" in found}
+
+
+def _runs(client: "MlflowClient", store: Store) -> Iterator[Any]:
+    """The experiment's runs that aren't deleted, the newest first."""
+    experiment, token = client.get_experiment_by_name(store.experiment), None
+    while experiment is not None:
+        page = client.search_runs([experiment.experiment_id], max_results=RUNS_PER_CALL, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
 
 
 def _tags_of(client: "MlflowClient", run_id: str) -> Mapping[str, str]:

@@ -1,9 +1,11 @@
 """One YAML file a run: typed, and checked before any work starts."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, ValidationInfo, model_validator
@@ -36,11 +38,20 @@ from model.recipes import FinetuneConfig
 from model.starter import STARTER_NAME
 
 READY = Path(__file__).parent / "configs"
-MODEL = r"^models:/[A-Za-z0-9_.-]+(@[A-Za-z0-9_.-]+|/[1-9][0-9]*)$"
+MODEL = re.compile(r"models:/(?P<name>[A-Za-z0-9_.-]+)(@[A-Za-z0-9_.-]+|/[1-9][0-9]*)")
 
 
 class ConfigError(ValueError):
     """A config or argument is wrong; the message names field, value and what is allowed."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a component says is wrong with its input is the user's to mend."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
 
 
 class IngestSection(IngestConfig, IngestResources):
@@ -181,9 +192,15 @@ class RunConfig(PipelineConfig):
 class RerunConfig(PipelineConfig):
     """Everything a rerun with a registered model needs to know; the model brings image size and budgets."""
 
-    model: Annotated[str, Field(pattern=MODEL)]
+    model: str  # models:/NAME@ALIAS or models:/NAME/VERSION
     drift: DriftConfig | None = DriftConfig()
     publish: TablesConfig = TablesConfig()
+
+    @model_validator(mode="after")
+    def _model_is_registered(self) -> "RerunConfig":
+        if not MODEL.fullmatch(self.model):
+            raise ValueError(f"model = {self.model!r}: models:/NAME@ALIAS or models:/NAME/VERSION is needed")
+        return self
 
     @model_validator(mode="after")
     def _scores_decide(self) -> "RerunConfig":
@@ -199,7 +216,9 @@ class RerunConfig(PipelineConfig):
     @property
     def model_name(self) -> str:
         """The registered model's name."""
-        return self.model.removeprefix("models:/").replace("@", "/").split("/")[0]
+        found = MODEL.fullmatch(self.model)
+        assert found is not None
+        return found["name"]
 
 
 AnyConfig: TypeAlias = RunConfig | RerunConfig

@@ -72,30 +72,36 @@ def marked(artifacts: Iterable[Folder], scratch: Iterable[Folder], roots: set[st
             yield Garbage(one.uri, "scratch that no run and no plan refers to")
 
 
-def collect(config: AnyConfig, *, delete: bool = False) -> Iterator[str]:
+def collect(config: AnyConfig, *, delete: bool = False, keep_runs: int | None = None) -> Iterator[str]:
     """Find garbage in the config's workspace and, with ``delete``, remove it; yields a table's lines.
 
+    ``keep_runs``: only so many of the newest pipeline runs count; None: all that aren't deleted.
     Raises ConfigError when the plan can't be made, and WorkspaceHeld when a run is on and something is to be deleted.
     """
     workspace = absolute(config.workspace)
     if not delete:
         running = holder_of(workspace) is not None
-        yield from _told(workspace, _found(config, workspace, drafts=not running), "would go; --delete removes them")
+        found = list(_found(config, workspace, keep_runs))
+        drafts = [] if running else list(_drafts(workspace))
+        yield from _told(workspace, [*found, *drafts], "would go; --delete removes them")
         return
     with hold(workspace, f"gc-{uuid.uuid4().hex[:6]}", config.wait_s):
-        found = list(_found(config, workspace, drafts=True))
+        found = [*_found(config, workspace, keep_runs), *_drafts(workspace)]
         lines = list(_told(workspace, found, "removed"))
         for one in found:
             remove(one.uri)
         yield from lines
 
 
-def _found(config: AnyConfig, workspace: str, *, drafts: bool) -> Iterator[Garbage]:
+def _found(config: AnyConfig, workspace: str, keep_runs: int | None) -> Iterator[Garbage]:
     artifacts = list(_artifacts(workspace))
     store = store_for(config.mlflow, workspace)
-    roots = {*build(config).keys().values(), *used_by_runs(store, runs_of_versions(store.uri))}
+    roots = {*build(config).keys().values(), *used_by_runs(store, keep_runs, runs_of_versions(store.uri))}
     yield from marked(artifacts, list(_scratch(workspace)), roots)
-    for name in _folders(join(workspace, DRAFTS)) if drafts else ():
+
+
+def _drafts(workspace: str) -> Iterator[Garbage]:
+    for name in _folders(join(workspace, DRAFTS)):
         yield Garbage(join(workspace, DRAFTS, name), "draft of a run that has ended")
 
 

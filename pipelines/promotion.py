@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 
 from components.registry import CHALLENGER, CHAMPION, PREVIOUS, aliases_of, move_aliases
 from components.tracking import redact, store_for
-from pipelines.config import AnyConfig, ConfigError, RerunConfig
+from pipelines.config import AnyConfig, ConfigError, RerunConfig, user_errors
 from pipelines.runner import absolute
 
 Moves = Mapping[str, int | None]  # alias -> version, None: to none
@@ -51,25 +51,19 @@ def rollback(config: AnyConfig) -> Iterator[str]:
 def _place(config: AnyConfig) -> tuple[str, str]:
     """The registry, and the model's name in it."""
     name = config.model_name if isinstance(config, RerunConfig) else config.publish.model_name
-    try:
+    with user_errors():
         return store_for(config.mlflow, absolute(config.workspace)).uri, name
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _aliases(registry: str, name: str) -> dict[str, int]:
-    try:
+    with user_errors():
         return aliases_of(registry, name)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
 
 
 def _moved(registry: str, name: str, before: Mapping[str, int], moves: Moves) -> Iterator[str]:
     reason = f"by hand at {time.strftime('%Y-%m-%d %H:%M:%S')}, from champion version {before.get(CHAMPION, 'none')}"
-    try:
+    with user_errors():
         move_aliases(registry, name, to=moves, reason=reason)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     yield f"{name} in {redact(registry)}"
     for alias, version in moves.items():
         yield f"{alias:<12}{_version(before.get(alias))} -> {_version(version)}"

@@ -6,7 +6,7 @@ from components.config import NoConfig, RegisteredModel, TablesConfig
 from components.registry import Found, ModelVersion, find_judge, find_tokenizer
 from components.task_config import TaskConfig
 from components.tracking import redact, store_for
-from pipelines.config import ConfigError, RerunConfig
+from pipelines.config import RerunConfig, user_errors
 from pipelines.dag import Pipeline, Stage
 from pipelines.demands import TokenizerStage
 from pipelines.judging import score_stage
@@ -20,12 +20,10 @@ def build(config: RerunConfig) -> Pipeline:
 
     Raises ConfigError when the source can't be read, or the registry lacks the model or a judge.
     """
-    try:
+    with user_errors():
         registry = store_for(config.mlflow, absolute(config.workspace)).uri
         found = find_tokenizer(registry, config.model)
         judges = [_judge(registry, found, task) for task in config.tasks if task.judge != "none"]
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     config = _sized(config, found)
     tokenizer = TokenizerStage("model", tuple(found.config["budgets"]))
     stages = [_ingest(config), _model(found), *judges]

@@ -65,8 +65,8 @@ def fill(workspace: str, uri: str, planned: str, folder: Path) -> dict[str, str]
     made = {name: make(workspace, "score", key) for name, key in keys.items()}
     made["used"] = make(workspace, "score", keys["used"], keys["source"])
     made["planned"] = make(workspace, "ingest", planned)
-    parent = open_parent_run(Store(uri, "alit", str(folder / "files")), "run", {})
-    for name in ("used", "deleted"):
+    for name in ("deleted", "used"):
+        parent = open_parent_run(Store(uri, "alit", str(folder / "files")), "run", {})
         child = open_child(parent, name, {"alit.stage": "score", "alit.key": keys[name]})
         if name == "deleted":
             mlflow.MlflowClient(tracking_uri=uri).delete_run(child.run_id)
@@ -97,6 +97,8 @@ def check(workspace: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     said = capsys.readouterr().out
     assert "3 folders" in said and all(key in said for key in ("c" * 16, "d" * 16, "score-x"))
     assert all(exists(place) for place in made.values())  # a dry run
+    assert main([*command, "--keep-runs", "1"]) == 0 and "3 folders" in capsys.readouterr().out
+    assert main([*command, "--keep-runs", "0"]) == 0 and "5 folders" in capsys.readouterr().out
     with hold(workspace, "another"):
         assert main([*command, "--delete"]) == 1
         assert "is in use by run another" in capsys.readouterr().err

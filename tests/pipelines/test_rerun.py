@@ -17,7 +17,7 @@ MISTAKES = {
     "tokenizer={size: demo}": ("tokenizer", "trains nothing"),
     "training={from: starter}": ("training", "trains nothing"),
     "data.image_size=64": ("data.image_size = 64", "the registered model brings it"),
-    "model=alit-demo": ("model = 'alit-demo'", "pattern"),
+    "model=alit-demo": ("model = 'alit-demo'", "models:/NAME@ALIAS"),
     "model=models:/alit-demo@best": ("model = 'models:/alit-demo@best'", "best"),
     "model=models:/nobody@champion": ("model = 'models:/nobody@champion'", "nobody"),
     "model=models:/alit-demo/9": ("model = 'models:/alit-demo/9'", "version=9"),
