@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 
 from components.artifacts import ScoreTable, TokenCounts, filesystem
 from components.config import RuleConfig
-from components.mapping import part_names
+from components.parts import part_names
 from components.rules import describe
 from components.scores import budgets_of, larger_is_better, score_files, whole_column
 

@@ -22,7 +22,7 @@ from components.artifacts import (
 )
 from components.config import DriftConfig, RegisteredModel, RuleConfig
 from components.distributions import Difference, compare_counts, compare_scores, histogram, tokens_of
-from components.mapping import part_names
+from components.parts import part_names
 from components.registry import ModelVersion, read_reference
 from components.rules import describe
 from components.scores import budgets_of, score_files, values_of

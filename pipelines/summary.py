@@ -46,7 +46,7 @@ def lines_of(record: RunRecord) -> Iterator[str]:
         yield f"\nimages  {news.pop('images', 0)}, of which in this run: {figures_line(news, list(news))}"
     for stage in record.stages:
         if "drift" in stage.figures and stage.figures["drift"] != "none":
-            yield f"drift   {stage.figures['drift']}"
+            yield f"drift:  {stage.figures['drift']}"
     yield f"\n{record.pipeline} {record.state} in {clock(record.seconds)}"
     yield f"artifacts   {_from_here(record.workspace)}"
     yield f"MLflow run  {record.mlflow_run_id} in {_from_here(record.mlflow_uri)}"

@@ -158,12 +158,8 @@ def _obstacle(trial: _Trial, champion: Mapping[str, Any]) -> str:
 def _champion_values(trial: _Trial, job: Job, resources: InferenceResources, tokenizer: str) -> dict[str, float]:
     """Image -> the champion's value, measured as the new model's was."""
     metric, config = trial.gate.metric, ScoreStageConfig.model_validate(trial.scores.manifest.config)
-    order = Order(
-        config=config,
-        columns=(metric,),
-        tokenizer=tokenizer,
-        judges={name: judge.uri for name, judge in trial.judges.items()},
-    )
+    judges = {name: judge.uri for name, judge in trial.judges.items()}
+    order = Order(config, (metric,), tokenizer, judges)
     target = join(job.output, "champion_scores")
     mapping = TableMapping(
         sources=[trial.images.table_uri],
