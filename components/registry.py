@@ -5,6 +5,7 @@ It and serving.py, which MLflow runs beside the weights, are the modules besides
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ SERVING = Path(__file__).with_name("serving.py")
 PACKAGES = ("model", "components")  # what serving.py imports, at the version that made the weights
 TOKENIZER_FILES = ("config.json", "weights.safetensors")
 REFERENCE = "reference.json"  # beside the weights: what the images of the training were like
+TRACKING_URI = "MLFLOW_TRACKING_URI"
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"  # aliases
 DIGEST, JUDGE = "alit.digest", "alit.judge."  # tags of a version; the second one with a task's name behind it
 REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pillow", "pandas", "pydantic")
@@ -149,7 +151,8 @@ def find_judge(registry: str, model: ModelVersion) -> str:
 def download(registry: str, model: ModelVersion, path: str, folder: str) -> str:
     """Where the file or folder ``path`` of a registered model is after it was copied into the local ``folder``."""
     uri = f"models:/{model.name}/{model.version}/{path}".rstrip("/")
-    return str(_artifacts(registry).download_artifacts(uri, dst_path=folder))
+    with _artifacts(registry) as artifacts:
+        return str(artifacts.download_artifacts(uri, dst_path=folder))
 
 
 def copy_tokenizer(registry: str, model: ModelVersion, uri: str) -> None:
@@ -162,7 +165,8 @@ def copy_tokenizer(registry: str, model: ModelVersion, uri: str) -> None:
 
 def read_reference(registry: str, model: ModelVersion) -> Any:
     """What the images of a model's training were like; None when it was registered without that."""
-    files = _artifacts(registry).list_artifacts(f"models:/{model.name}/{model.version}/artifacts/tokenizer")
+    with _artifacts(registry) as artifacts:
+        files = artifacts.list_artifacts(f"models:/{model.name}/{model.version}/artifacts/tokenizer")
     if not any(Path(file.path).name == REFERENCE for file in files):
         return None
     with tempfile.TemporaryDirectory() as scratch:
@@ -230,13 +234,20 @@ def _client(registry: str) -> "MlflowClient":
     return mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry)
 
 
-def _artifacts(registry: str) -> Any:
-    """MLflow's functions for artifacts; of models:/ they know one registry, the process's."""
+@contextmanager
+def _artifacts(registry: str) -> Iterator[Any]:
+    """MLflow's functions for artifacts; of models:/ they know one registry, the process's, which is in its environment
+    too: that is put back, as it overrules our configs."""
     import mlflow
 
-    mlflow.set_tracking_uri(registry)
-    mlflow.set_registry_uri(registry)
-    return mlflow.artifacts
+    before = os.environ.get(TRACKING_URI)
+    try:
+        mlflow.set_tracking_uri(registry)
+        mlflow.set_registry_uri(registry)
+        yield mlflow.artifacts
+    finally:
+        os.environ.pop(TRACKING_URI, None)
+        os.environ.update({TRACKING_URI: before} if before is not None else {})
 
 
 @contextmanager

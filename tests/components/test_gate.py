@@ -9,7 +9,8 @@ import torch
 
 from components.artifacts import Figures, ImageSet, Job, Publication, ScoreTable, read_json, write_json
 from components.config import GateConfig, InferenceResources, PromoteConfig
-from components.mapping import Mapping, Totals, _FileMapper, part_names
+from components.mapping import Mapping, Totals, _FileMapper
+from components.parts import Part, part_names
 from components.registry import ModelVersion, aliases_of
 from components.score import gate as gate_module
 from components.score.gate import decide, promote
@@ -76,9 +77,10 @@ class Made:
 def one_after_the_other(mapping: Mapping, progress: Any) -> Totals:
     """map_table without Ray."""
     Path(mapping.target).mkdir(parents=True)
-    mapper = _FileMapper(mapping)
-    for name in part_names(mapping.sources[0]):
-        mapper({"name": name})
+    parts = [Part(name) for name in part_names(mapping.sources[0])]
+    mapper = _FileMapper(mapping, parts, ())
+    for number in range(len(parts)):
+        mapper({"id": number})
     return {}
 
 
