@@ -66,7 +66,7 @@ def _pack(config: PipelineConfig, task: TaskConfig, tokenizer: TokenizerStage) -
         f"pack.{task.name}",
         run="components.pack:pack",
         produces="TokenArchive",
-        version="2",
+        version="3",
         config=config.pack,
         resources=NoConfig(),
         needs={
