@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, ValidationInfo, model_validator
 
+from components.analyze.settings import AnalyzeConfig
 from components.config import (
     DataConfig,
     InferenceResources,
@@ -127,6 +128,7 @@ class RunConfig(Settings):
     pack: PackConfig = PackConfig()
     quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults
     matrix: MatrixConfig | None = MatrixConfig()
+    analyze: AnalyzeConfig | None = None  # none: no such stage; {} takes the defaults
     publish: PublishConfig = PublishConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()
@@ -222,9 +224,30 @@ def _with_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
     quality = raw.get("quality")
     if isinstance(quality, dict) and isinstance(quality.get("inception"), str):
         made["quality"] = {**quality, "inception": _absolute(quality["inception"])}
+    analyze = raw.get("analyze")
+    if isinstance(analyze, dict):
+        made["analyze"] = _with_analysis_paths(analyze)
     if isinstance(tasks, list):
         made["tasks"] = [_with_task_paths(task) if isinstance(task, dict) else task for task in tasks]
     return made
+
+
+def _with_analysis_paths(analyze: Mapping[str, Any]) -> dict[str, Any]:
+    made = dict(analyze)
+    if isinstance(made.get("complexity_scores"), str):
+        made["complexity_scores"] = _local(made["complexity_scores"])
+    if isinstance(made.get("ood"), list):
+        made["ood"] = [
+            {**one, "source": _local(one["source"])}
+            if isinstance(one, dict) and isinstance(one.get("source"), str)
+            else one
+            for one in made["ood"]
+        ]
+    return made
+
+
+def _local(place: str) -> str:
+    return place if place == DEMO or "://" in place else _absolute(place)
 
 
 def _with_task_paths(task: Mapping[str, Any]) -> dict[str, Any]:

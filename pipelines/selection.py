@@ -8,6 +8,7 @@ from typing import Any
 from components.config import LengthConfig, LengthStageConfig, MatrixStageConfig, NoConfig, RuleConfig
 from components.rules import column
 from components.task_config import TaskConfig
+from pipelines.analyzing import analyzing_stages
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Stage
 from pipelines.demands import inference_demand, tokenizer_stage
@@ -18,7 +19,7 @@ def stages_from_scores(config: RunConfig) -> list[Stage]:
     stages = []
     for task in config.tasks:
         stages += [*_length(config, task), _select(task), _pack(config, task)]
-    stages += [*_quality(config), *_matrix(config)]
+    stages += [*_quality(config), *_matrix(config), *analyzing_stages(config)]
     return [*stages, _publish(config, [stage.name for stage in stages])]
 
 
@@ -132,7 +133,7 @@ def _counts(config: RunConfig) -> dict[str, str]:
 def _publish(config: RunConfig, made: Sequence[str]) -> Stage:
     archives = {f"archive_{task.name}": f"pack.{task.name}" for task in config.tasks}
     lengths = {f"length_{task.name}": f"length.{task.name}" for task in config.tasks}
-    found = {"quality": "quality", "matrix": "matrix", **lengths}
+    found = {"quality": "quality", "matrix": "matrix", "analyze": "analyze", **lengths}
     optional = {argument: name for argument, name in found.items() if name in made}
     judges = {f"judge_{task.name}": f"judge.{task.name}" for task in config.tasks if task.judge != "none"}
     return Stage(
