@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, ValidationInfo, model_validator
 
-from components.analyze.settings import AnalyzeConfig
+from components.analyze.settings import AnalyzeConfig, SweepConfig
 from components.config import (
     DataConfig,
     InferenceResources,
@@ -31,6 +31,7 @@ from components.task_config import TaskConfig
 from model.config import SIZES, AlitConfig, BaseObjectiveConfig, DistillConfig
 from model.recipes import FinetuneConfig
 from model.starter import STARTER_NAME
+from pipelines.paths import absolute, with_analysis_paths
 
 READY = Path(__file__).parent / "configs"
 
@@ -129,6 +130,7 @@ class RunConfig(Settings):
     quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults
     matrix: MatrixConfig | None = MatrixConfig()
     analyze: AnalyzeConfig | None = None  # none: no such stage; {} takes the defaults
+    sweep: SweepConfig | None = None  # what `alit sweep` runs and compares
     publish: PublishConfig = PublishConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()
@@ -220,50 +222,28 @@ def _with_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
     data, tasks = raw.get("data"), raw.get("tasks")
     source = data.get("source") if isinstance(data, dict) else None
     if isinstance(data, dict) and isinstance(source, str) and source != DEMO and "://" not in source:
-        made["data"] = {**data, "source": _absolute(source)}
+        made["data"] = {**data, "source": absolute(source)}
     quality = raw.get("quality")
     if isinstance(quality, dict) and isinstance(quality.get("inception"), str):
-        made["quality"] = {**quality, "inception": _absolute(quality["inception"])}
+        made["quality"] = {**quality, "inception": absolute(quality["inception"])}
     analyze = raw.get("analyze")
     if isinstance(analyze, dict):
-        made["analyze"] = _with_analysis_paths(analyze)
+        made["analyze"] = with_analysis_paths(analyze)
     if isinstance(tasks, list):
         made["tasks"] = [_with_task_paths(task) if isinstance(task, dict) else task for task in tasks]
     return made
-
-
-def _with_analysis_paths(analyze: Mapping[str, Any]) -> dict[str, Any]:
-    made = dict(analyze)
-    if isinstance(made.get("complexity_scores"), str):
-        made["complexity_scores"] = _local(made["complexity_scores"])
-    if isinstance(made.get("ood"), list):
-        made["ood"] = [
-            {**one, "source": _local(one["source"])}
-            if isinstance(one, dict) and isinstance(one.get("source"), str)
-            else one
-            for one in made["ood"]
-        ]
-    return made
-
-
-def _local(place: str) -> str:
-    return place if place == DEMO or "://" in place else _absolute(place)
 
 
 def _with_task_paths(task: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(task)
     kind, _, place = str(task.get("judge", "")).partition(":")
     if kind in ("torchscript", "onnx"):
-        made["judge"] = f"{kind}:{_absolute(place)}"
+        made["judge"] = f"{kind}:{absolute(place)}"
     for section, name in (("judge_options", "classes"), ("perceptual", "weights")):
         values = task.get(section)
         if isinstance(values, dict) and isinstance(values.get(name), str):
-            made[section] = {**values, name: _absolute(values[name])}
+            made[section] = {**values, name: absolute(values[name])}
     return made
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else path
 
 
 def _with_sizes(raw: Mapping[str, Any]) -> dict[str, Any]:

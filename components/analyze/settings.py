@@ -61,3 +61,35 @@ class AnalyzeStageConfig(Settings):
 
     settings: AnalyzeConfig
     criteria: tuple[Criterion, ...]
+
+
+class Variant(Settings):
+    """A run that differs from its config in some keys."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    about: str = ""  # what it is, for people
+    set: tuple[str, ...] = ()  # KEY=VALUE, as --set takes them
+    at: dict[str, float] = {}  # its place on axes of size, such as {steps: 300}, for a plot
+
+
+class SweepConfig(Settings):
+    """Variants to run and compare; the first is what the others are compared with."""
+
+    variants: Annotated[tuple[Variant, ...], Field(min_length=2)]
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "SweepConfig":
+        names = [one.name for one in self.variants]
+        if len(set(names)) < len(names):
+            raise ValueError(f"variants = {names}: the names must differ")
+        return self
+
+
+class CompareStageConfig(Settings):
+    """What decides a comparison, besides its inputs."""
+
+    variants: tuple[Variant, ...]
+    task: str
+    column: str  # of the score table, that the task's rule reads
+    resamples: PositiveInt
+    seed: int
