@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow.compute as pc
 
 from components.analyze import drawing
-from components.analyze.sections import Estimate, Picture, Section, Table, write_sections
+from components.analyze.estimates import Bootstrap, Estimate
+from components.analyze.sections import Picture, Section, Table, write_sections
 from components.analyze.settings import CompareStageConfig, Variant
-from components.analyze.statistics import Bootstrap
 from components.artifacts import (
     Analysis,
     Artifact,
@@ -34,10 +34,10 @@ EQUAL_SHARE = 0.02  # mean counts so close are the same
 CLAIM = "Each part of the method earns its place: without it the same tokens give a worse image."
 ABOUT = (
     "Held-out images, the same for all. at the most: the metric at the variant's largest budget; chosen: at the counts "
-    "that its rule chose, tokens: their mean; differences: to the first variant, image by image, where both have the "
-    "same largest budget or spend the same; hard, worst: L1 at the most tokens in hard cells and in those with the largest error at the "
-    "fewest. Brackets: 95% bootstrap intervals over images; that a training with another seed comes out otherwise is "
-    "not in them. seconds: of the tokenizer's last training stage on a machine that did other things as well."
+    "that its rule chose; tokens: their mean; differences: to the first variant, image by image, where both have the "
+    "same largest budget or spend the same; hard, worst: L1 at the most tokens in hard cells and in those with the "
+    "largest error at the fewest. Brackets: 95% bootstrap intervals over images; that a training with another seed "
+    "comes out otherwise is not in them. seconds: of the last training stage, on a machine that had other work too."
 )
 
 

@@ -11,8 +11,9 @@ import numpy as np
 from PIL import Image
 
 from components.analyze import drawing
+from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
-from components.analyze.sections import Estimate, Picture, Section, Table
+from components.analyze.sections import Picture, Section, Table
 from components.artifacts import read_bytes
 from components.images import decode_png
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from components.analyze.sections import Estimate
+from components.analyze.estimates import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,11 +10,11 @@ import numpy as np
 
 from components.analyze import drawing
 from components.analyze.complexity import image_statistics
+from components.analyze.estimates import Estimate, mann_whitney, superiority
 from components.analyze.inputs import Inputs
 from components.analyze.rollouts import OVER_THE_SET, Choose, chooser, measured
-from components.analyze.sections import Estimate, Picture, Section, Table
+from components.analyze.sections import Picture, Section, Table
 from components.analyze.settings import StrangeSource
-from components.analyze.statistics import mann_whitney, superiority
 from components.config import DataConfig, RuleConfig
 from components.image_files import BadImage
 from components.images import encode_png, prepare, stack

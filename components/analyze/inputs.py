@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from components.analyze.estimates import Bootstrap
 from components.analyze.settings import AnalyzeConfig, Criterion
-from components.analyze.statistics import Bootstrap
 from components.artifacts import CodeBook, ImageSet, LengthModel, ScoreTable, TokenCounts, Tokenizer, read_batches
 from components.scores import budgets_of, larger_is_better, score_files, values_of
 

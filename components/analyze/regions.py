@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from components.analyze import drawing
+from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
 from components.analyze.rollouts import batches
-from components.analyze.sections import Estimate, Picture, Section, Table
+from components.analyze.sections import Picture, Section, Table
 from components.images import stack
 from components.mapping import load_tokenizer
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from components.analyze import drawing
+from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
-from components.analyze.sections import Estimate, Picture, Section, Table
+from components.analyze.sections import Picture, Section, Table
 from components.artifacts import read_batches
 from components.mapping import load_tokenizer
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from components.analyze.estimates import Estimate
 from components.artifacts import Figures, join, write_bytes, write_json, write_table
 
 SECTIONS = "sections.json"
@@ -20,23 +21,6 @@ NUMBERS_SCHEMA = pa.schema(
         pa.field("images", pa.int64(), nullable=False),
     ]
 )
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure, its 95% bootstrap interval over images (NaN: none) and their number."""
-
-    value: float
-    low: float
-    high: float
-    images: int
-
-    def __str__(self) -> str:
-        """The figure with its interval, short enough for a table."""
-        if isnan(self.value):
-            return "undefined"
-        interval = f" [{self.low:.3g}, {self.high:.3g}]" if not isnan(self.low) else ""
-        return f"{self.value:.3g}{interval}"
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from components.analyze import drawing
+from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
 from components.analyze.rollouts import batches
-from components.analyze.sections import Estimate, Picture, Section, Table
+from components.analyze.sections import Picture, Section, Table
 from components.artifacts import join, local_folder, read_batches
 from components.config import RuleConfig
 from components.images import stack

@@ -10,9 +10,10 @@ import numpy as np
 
 from components.analyze import drawing
 from components.analyze.attention import entropy, half_mass_area, half_mass_cells, latent_maps
+from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
 from components.analyze.rollouts import batches
-from components.analyze.sections import Estimate, Picture, Section, Table
+from components.analyze.sections import Picture, Section, Table
 from components.images import decode_png, stack
 from components.mapping import load_tokenizer
 from components.targets import mask_ids

@@ -6,13 +6,29 @@ Legend: N, M images.
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isnan
 
 import numpy as np
 
-from components.analyze.sections import Estimate
-
 Statistic = Callable[..., np.ndarray]
 BATCH = 50  # resamples at once
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure, its 95% bootstrap interval over images (NaN: none) and their number."""
+
+    value: float
+    low: float
+    high: float
+    images: int
+
+    def __str__(self) -> str:
+        """The figure with its interval, short enough for a table."""
+        if isnan(self.value):
+            return "undefined"
+        interval = f" [{self.low:.3g}, {self.high:.3g}]" if not isnan(self.low) else ""
+        return f"{self.value:.3g}{interval}"
 
 
 @dataclass(frozen=True)
