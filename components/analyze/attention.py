@@ -77,7 +77,12 @@ def _needed(maps: np.ndarray) -> np.ndarray:
     return 1 + (mass < HALF * (1 - 1e-6)).sum(-1)
 
 
+def strongest_cells(maps: np.ndarray, number: int | np.ndarray) -> np.ndarray:
+    """The ``number`` cells where each of the maps [..., G] is largest, bool as the maps."""
+    rank = np.argsort(np.argsort(-maps, axis=-1, kind="stable"), axis=-1, kind="stable")
+    return rank < number
+
+
 def half_mass_cells(maps: np.ndarray) -> np.ndarray:
     """The cells that hold half of the mass, the strongest first, bool as maps [..., G]."""
-    rank = np.argsort(np.argsort(-maps, axis=-1, kind="stable"), axis=-1, kind="stable")
-    return rank < _needed(maps)[..., None]
+    return strongest_cells(maps, _needed(maps)[..., None])

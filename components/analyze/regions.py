@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from components.analyze import drawing
+from components.analyze.attention import strongest_cells
 from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
 from components.analyze.rollouts import batches
@@ -79,8 +80,7 @@ def _fall_more(
 
 def top_cells(values: np.ndarray, share: float) -> np.ndarray:
     """The cells with the largest ``share`` of values [N, G], as many in every image, at least one; bool [N, G]."""
-    rank = np.argsort(np.argsort(-values, axis=1, kind="stable"), axis=1, kind="stable")
-    return rank < max(1, round(share * values.shape[1]))
+    return strongest_cells(values, max(1, round(share * values.shape[1])))
 
 
 def _means(values: np.ndarray, cells: np.ndarray) -> np.ndarray:

@@ -3,13 +3,13 @@
 Legend: N images, K budgets, L latents of a budget, G grid cells, h w rows and columns of the grid.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from components.analyze import drawing
-from components.analyze.attention import entropy, half_mass_area, half_mass_cells, latent_maps
+from components.analyze.attention import entropy, half_mass_area, half_mass_cells, latent_maps, strongest_cells
 from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
 from components.analyze.rollouts import batches
@@ -27,14 +27,15 @@ CLAIM = (
     "Tokens specialize: with every rollout the latent tokens attend to fewer places, and single tokens come to lie on "
     "whole objects."
 )
+BEST = "IoU of the best token"
 LOCAL = {"paper": "", "local": " The weights started with each latent tied to a place, so some of it was given."}
 ABOUT = (
     "A latent's map: the attention that the grid tokens of the decoder pay to it, mean over layers and heads, shares "
     "of the grid. entropy: of a map, 1 is even and 0 one cell; area: least share of the cells with half of the map, "
-    "0.5 is even; means over the latents of an image. IoU: of the cells with half of a map and the cells of a mask's "
-    "class, mean over the classes in an image; best token: the best of all; subset: union of tokens, taken greedily as "
-    "long as it gains; other image: the best token by the maps of another image, which is what chance gives, and grows "
-    "with the number of tokens as well."
+    "0.5 is even; means over the latents of an image. IoU: with the cells of a mask's class, mean over the classes in "
+    "an image; of the best token: of its strongest cells, as many as the class has; of a subset: of a union of tokens, "
+    "the cells with half of each, taken greedily as long as it gains; other image: the same with the maps of another "
+    "image, which is what chance gives: it grows with the tokens too, and many sharp ones can make up any region."
 )
 
 
@@ -62,7 +63,7 @@ def specialization(inputs: Inputs) -> Section:
         figures=[_sparsity(found, inputs.budgets, overlapped), _examples(inputs, names, maps)],
         tables=[_table(found, inputs.budgets, len(names), overlapped)],
         estimates=found,
-        headline=[f"{name} at {budget}" for name in ("entropy", "iou") for budget in _ends(inputs.budgets)],
+        headline=[f"{name} at {budget}" for name in ("entropy", BEST) for budget in _ends(inputs.budgets)],
     )
 
 
@@ -100,19 +101,19 @@ def iou(regions: np.ndarray, region: np.ndarray) -> np.ndarray:
     return (regions & region).sum(-1) / np.maximum((regions | region).sum(-1), 1)
 
 
-def best_token(regions: np.ndarray, region: np.ndarray) -> float:
-    """The best overlap of a single token's cells, ``regions`` bool [L, G]."""
-    return float(iou(regions, region).max())
+def best_token(maps: np.ndarray, region: np.ndarray) -> float:
+    """The best overlap with ``region`` of a single map of [L, G], at as many of its strongest cells as that has."""
+    return float(iou(strongest_cells(maps, region.sum()), region).max())
 
 
-def best_subset(regions: np.ndarray, region: np.ndarray) -> float:
-    """The overlap of the union of tokens taken greedily, the one that gains most first, until none gains."""
-    union, best = np.zeros_like(region), 0.0
+def best_subset(maps: np.ndarray, region: np.ndarray) -> float:
+    """The overlap of a union of maps [L, G], each the cells with half of it, taken greedily until none gains."""
+    cells, union, best = half_mass_cells(maps), np.zeros_like(region), 0.0
     while True:
-        gains = iou(regions | union, region)
+        gains = iou(cells | union, region)
         if gains.max() <= best:
             return best
-        best, union = float(gains.max()), union | regions[gains.argmax()]
+        best, union = float(gains.max()), union | cells[gains.argmax()]
 
 
 def _overlaps(inputs: Inputs, maps: Sequence[np.ndarray], masks: np.ndarray) -> dict[str, Estimate]:
@@ -121,18 +122,21 @@ def _overlaps(inputs: Inputs, maps: Sequence[np.ndarray], masks: np.ndarray) -> 
     rows = [at for at, grid in enumerate(grids) if grid]
     found: dict[str, Estimate] = {}
     for budget, of_images in zip(inputs.budgets, maps, strict=True):
-        regions = half_mass_cells(of_images)
-        for name, measure, shift in (
-            ("iou", best_token, 0),
-            ("iou of a subset", best_subset, 0),
-            ("iou in another image", best_token, 1),
-        ):
+        for name, (measure, shift) in OVERLAPS.items():
             values = [
-                np.mean([measure(regions[(at + shift) % len(regions)], region) for region in grids[at].values()])
+                np.mean([measure(of_images[(at + shift) % len(of_images)], region) for region in grids[at].values()])
                 for at in rows
             ]
             found[f"{name} at {budget}"] = inputs.bootstrap.mean(np.array(values))
     return found
+
+
+OVERLAPS: Mapping[str, tuple[Callable[[np.ndarray, np.ndarray], float], int]] = {
+    BEST: (best_token, 0),
+    "the same, other image": (best_token, 1),
+    "IoU of a subset": (best_subset, 0),
+    "subset, other image": (best_subset, 1),
+}
 
 
 def _sparsity(found: Mapping[str, Estimate], budgets: Sequence[int], overlapped: bool) -> Picture:
@@ -141,10 +145,9 @@ def _sparsity(found: Mapping[str, Estimate], budgets: Sequence[int], overlapped:
     _lines(axes[0, 0], found, budgets, lines)
     axes[0, 0].set_ylim(0, 1.02)
     if overlapped:
-        names = ("iou of a subset", "subset"), ("iou", "best token"), ("iou in another image", "other image's")
-        _lines(axes[1, 0], found, budgets, names)
+        _lines(axes[1, 0], found, budgets, [(name, name) for name in OVERLAPS])
         drawing.label(axes[1, 0], y="IoU with masks")
-        axes[1, 0].legend(fontsize=8, frameon=False)
+        drawing.legend(figure, axes[1, 0])
         axes[1, 0].set_ylim(0, None)
     axes[0, 0].legend(fontsize=8, frameon=False)
     drawing.label(axes[-1, 0], x="tokens", y="IoU with masks" if overlapped else "")
@@ -197,10 +200,9 @@ def _overlay(axes: "Axes", image: np.ndarray, one: np.ndarray) -> None:
 
 
 def _table(found: Mapping[str, Estimate], budgets: Sequence[int], images: int, overlapped: bool) -> Table:
-    names = ["entropy", "area", *(("iou", "iou of a subset", "iou in another image") if overlapped else ())]
-    heads = {"iou": "IoU, best token", "iou of a subset": "IoU, subset", "iou in another image": "IoU, other image"}
+    names = ["entropy", "area", *(OVERLAPS if overlapped else ())]
     rows = [[str(budget), *(str(found[f"{name} at {budget}"]) for name in names), str(images)] for budget in budgets]
-    return Table("Attention maps by rollout", ["tokens", *(heads.get(n, n) for n in names), "images"], rows, ABOUT)
+    return Table("Attention maps by rollout", ["tokens", *names, "images"], rows, ABOUT)
 
 
 def _finding(found: Mapping[str, Estimate], budgets: Sequence[int], images: int) -> str:
@@ -208,9 +210,9 @@ def _finding(found: Mapping[str, Estimate], budgets: Sequence[int], images: int)
     one, other = found[f"entropy at {first}"], found[f"entropy at {last}"]
     way = "sharpen" if other.high < one.low else "widen" if other.low > one.high else "stay as they are"
     text = f"The maps {way} over the rollouts: entropy {one} at {first} tokens, {other} at {last} ({images} images)."
-    if f"iou at {last}" not in found:
+    if f"{BEST} at {last}" not in found:
         return f"{text} There are no masks to compare with."
-    own, chance = found[f"iou at {last}"], found[f"iou in another image at {last}"]
+    own, chance = found[f"{BEST} at {last}"], found[f"the same, other image at {last}"]
     verdict = "above" if own.low > chance.high else "not clearly above"
     return (
         f"{text} At {last} tokens the best token overlaps a class by {own}, {verdict} the {chance} of another image's "

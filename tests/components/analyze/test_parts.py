@@ -104,11 +104,14 @@ def test_a_mask_over_the_grid() -> None:
 
 def test_overlaps_of_tokens_that_are_known() -> None:
     region = np.array([1, 1, 1, 1, 0, 0, 0, 0], bool)
-    tokens = np.array([[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0]], bool)
-    assert iou(tokens, region) == pytest.approx([0.5, 0.5, 1 / 6])
-    assert best_token(tokens, region) == 0.5
-    assert best_subset(tokens, region) == 1  # the third would only spoil it
-    assert best_subset(tokens[2:], region) == pytest.approx(1 / 6)
+    cells = np.array([[1, 1, 0, 0, 0, 0, 0, 0], [0, 0, 1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1, 0, 0]], bool)
+    assert iou(cells, region) == pytest.approx([0.5, 0.5, 1 / 6])
+    maps = (cells + 0.01 * np.array([0, 0, 0, 0, 0, 0, 1, 2])) / 3  # beyond their own cells they look at the end
+    assert best_token(maps, region) == pytest.approx(2 / 6)
+    assert best_token(region[None] / 4, region) == 1
+    assert best_subset(np.eye(8)[[1, 5, 0, 3, 2]], region) == 1  # the second would only spoil it
+    assert best_subset(np.eye(8)[[5, 0]], region) == 1 / 4
+    assert best_subset(np.array([[0.3, 0.3, 0.2, 0.2, 0, 0, 0, 0]]), region) == 2 / 4  # half of it is two cells
 
 
 def test_a_probe_tells_apart_what_can_be_told_apart() -> None:
