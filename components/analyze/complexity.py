@@ -25,7 +25,8 @@ QUINTILES = 5
 CANNY_SIGMA = 1.0
 ABOUT = (
     "Spearman's rank correlation over images, in brackets its 95% bootstrap interval. jpeg bytes: of the image at the "
-    "working size; entropy: of its grey levels; edges: share of pixels that Canny's detector calls an edge."
+    "working size; entropy: of its grey levels; edges: share of pixels that Canny's detector calls an edge. at: the "
+    "metric at that many tokens, its sign turned where more is better."
 )
 
 
