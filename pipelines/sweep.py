@@ -1,7 +1,7 @@
 """A sweep: variants of one run config as a single pipeline, whose last stage compares them.
 
-A stage that is the same in every variant, such as ``ingest``, keeps its name, and so its artifact is the one of an
-ordinary run; one that differs is called after the first variant that has it (``distill.no_recurrence``).
+A stage that is the same as without the variant's settings, such as ``ingest``, keeps its name, and so its artifact is
+the one of an ordinary run; another is called after the first variant that has it (``distill.no_recurrence``).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,7 +35,7 @@ def build_sweep(path: str, overrides: Sequence[str] = ()) -> Pipeline:
             if getattr(changed, name) != getattr(config, name):
                 raise ConfigError(f"sweep.variants.{variant.name}.set: {name} is the whole sweep's")
         pipelines[variant.name] = (changed, build(changed).until(LAST))
-    names = _names({name: pipeline for name, (_, pipeline) in pipelines.items()})
+    names = _names(build(config).keys(), {name: pipeline.keys() for name, (_, pipeline) in pipelines.items()})
     stages: dict[str, Stage] = {}
     for variant_name, (_, pipeline) in pipelines.items():
         for stage in _renamed(pipeline, names[variant_name]):
@@ -44,17 +44,13 @@ def build_sweep(path: str, overrides: Sequence[str] = ()) -> Pipeline:
     return Pipeline("sweep", (*stages.values(), compare))
 
 
-def _names(pipelines: Mapping[str, Pipeline]) -> dict[str, dict[str, str]]:
-    """Variant -> stage -> its name in the sweep: what has one key in all variants has one name."""
-    keys = {variant: pipeline.keys() for variant, pipeline in pipelines.items()}
-    names: dict[str, dict[str, str]] = {}
-    first: dict[tuple[str, str], str] = {}
-    for variant, found in keys.items():
-        names[variant] = {}
-        for stage, key in found.items():
-            same = all(other.get(stage) == key for other in keys.values())
-            names[variant][stage] = first.setdefault((stage, key), stage if same else f"{stage}.{variant}")
-    return names
+def _names(plain: Mapping[str, str], keys: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
+    """Variant -> stage -> its name in the sweep, from the stages' keys without and with each variant's settings."""
+    first = {(stage, key): stage for stage, key in plain.items()}
+    return {
+        variant: {stage: first.setdefault((stage, key), f"{stage}.{variant}") for stage, key in found.items()}
+        for variant, found in keys.items()
+    }
 
 
 def _renamed(pipeline: Pipeline, names: Mapping[str, str]) -> Iterator[Stage]:

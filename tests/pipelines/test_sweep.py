@@ -10,18 +10,19 @@ from pipelines.train import build
 DEMO = ["data.source=demo"]
 
 
-def test_what_is_the_same_in_all_keeps_its_name_and_key() -> None:
+def test_what_no_setting_touches_is_an_ordinary_runs() -> None:
     pipeline = build_sweep("ablations", DEMO)
     alone = build(load_config("ablations", DEMO)).keys()
-    assert {name: pipeline.keys()[name] for name in ("ingest", "base")} == {n: alone[n] for n in ("ingest", "base")}
+    own = ("ingest", "base", "distill", "tokenize", "score", "select.reconstruction", "analyze")
+    assert {name: pipeline.keys()[name] for name in own} == {name: alone[name] for name in own}
     assert pipeline.order()[-1].name == "compare" and not any(name.startswith("publish") for name in pipeline.names)
 
 
 def test_a_variant_of_the_rule_alone_trains_nothing() -> None:
     pipeline = build_sweep("ablations", DEMO)
     needs = pipeline["compare"].needs
-    assert needs["tokenizer_fixed_count"] == needs["tokenizer_full"] == "distill.full"
-    assert needs["scores_fixed_count"] == "score.full"
+    assert needs["tokenizer_fixed_count"] == needs["tokenizer_full"] == "distill"
+    assert needs["scores_fixed_count"] == "score"
     assert needs["counts_fixed_count"] == "select.reconstruction.fixed_count"
     assert pipeline["distill.continuous"].config.tokenizer.codebook_size is None
     assert pipeline["tokenize.continuous"].needs == {"images": "ingest", "tokenizer": "distill.continuous"}
@@ -30,7 +31,15 @@ def test_a_variant_of_the_rule_alone_trains_nothing() -> None:
 def test_variants_of_the_data_have_their_own_images() -> None:
     needs = build_sweep("scale", DEMO)
     assert needs["base.less_data"].needs == {"images": "ingest.less_data"}
-    assert needs["base.middle"].needs == {"images": "ingest.middle"}
+    assert needs["base"].needs == {"images": "ingest"}
+
+
+def test_fewer_variants_change_no_key() -> None:
+    keys = build_sweep("ablations", DEMO).keys()
+    few = "sweep.variants=[{name: full}, {name: halting, set: ['tokenizer.halting={enabled: true, threshold: 0.2}']}]"
+    less = build_sweep("ablations", [*DEMO, few]).keys()
+    assert {name: key for name, key in less.items() if name != "compare"}.items() <= keys.items()
+    assert "distill.halting" in less and "distill.continuous" not in less
 
 
 @pytest.mark.parametrize(
