@@ -23,13 +23,15 @@ from components.sources import open_source
 
 CLAIM = "Familiar images need fewer tokens: the further a set is from the training data, the more tokens it is given."
 HELD_OUT = "held out"
+COMPARED = ("difference", "more", "p", "matched")
 MAX_PIXELS = 100_000_000
 ABOUT = (
     "upside down, negative, phases, shuffled: the held-out images themselves, turned over, with inverted colours, "
     "with random Fourier phases (the same spectrum without any contours), with their pixels in random order; noise: "
     "uniform. difference: of the mean count to the held-out images'. more: chance that an image of the set gets more "
-    "tokens than a held-out one, ties half (0.5: alike). p: Mann-Whitney. jpeg bytes: mean, a measure of complexity: "
-    "a set can need fewer tokens because its images are simpler."
+    "tokens than a held-out one, ties half (0.5: alike). p: Mann-Whitney. matched: mean difference of an image's count "
+    "to that of the held-out image with the nearest bytes as JPEG, since a set can need fewer tokens because it "
+    "is simpler; for noise no held-out image is near. jpeg bytes: mean."
 )
 
 
@@ -40,7 +42,7 @@ class _Set:
     pixels: np.ndarray
     tokens: np.ndarray  # int64 [N]
     values: np.ndarray  # float64 [N, K]
-    bytes: float
+    bytes: np.ndarray  # as JPEG, float64 [N]
 
 
 def familiarity(inputs: Inputs) -> Section:
@@ -61,6 +63,7 @@ def familiarity(inputs: Inputs) -> Section:
         if name != HELD_OUT:
             found[f"{name}: difference"] = inputs.bootstrap.difference(one.tokens, known.tokens)
             found[f"{name}: more"] = inputs.bootstrap.of([one.tokens, known.tokens], superiority)
+            found[f"{name}: matched"] = inputs.bootstrap.mean(one.tokens - _matched(one, known))
             p = mann_whitney(one.tokens, known.tokens)
             found[f"{name}: p"] = Estimate(p, np.nan, np.nan, len(one.tokens))
     return Section(
@@ -90,7 +93,17 @@ def _sets(inputs: Inputs, rule: RuleConfig, column: str) -> dict[str, _Set]:
 
 def _set(inputs: Inputs, pixels: np.ndarray, values: np.ndarray, choose: Choose) -> _Set:
     sizes = image_statistics([_png(image) for image in pixels], inputs.settings.jpeg_quality)["jpeg bytes"]
-    return _Set(pixels, choose(values), values, float(sizes.mean()))
+    return _Set(pixels, choose(values), values, sizes)
+
+
+def _matched(one: _Set, known: _Set) -> np.ndarray:
+    """Counts of the held-out images that are as complex as those of the set, one for each."""
+    return known.tokens[nearest(one.bytes, known.bytes)]
+
+
+def nearest(values: np.ndarray, among: np.ndarray) -> np.ndarray:
+    """For each of [M] the place of the nearest of ``among`` [N], int64 [M]."""
+    return np.abs(values[:, None] - among).argmin(axis=1)
 
 
 def _png(image_CHW: np.ndarray) -> bytes:
@@ -181,9 +194,9 @@ def _table(sets: Mapping[str, _Set], found: Mapping[str, Estimate], rule: RuleCo
     error = f"{rule.metric} at {inputs.budgets[0]}"
     rows = []
     for name, one in sets.items():
-        compared = ["", "", ""]
+        compared = [""] * len(COMPARED)
         if name != HELD_OUT:
-            compared = [str(found[f"{name}: {what}"]) for what in ("difference", "more", "p")]
+            compared = [str(found[f"{name}: {what}"]) for what in COMPARED]
         rows.append(
             [
                 name,
@@ -191,10 +204,10 @@ def _table(sets: Mapping[str, _Set], found: Mapping[str, Estimate], rule: RuleCo
                 str(found[f"{name}: tokens"]),
                 *compared,
                 str(found[f"{name}: {error}"]),
-                f"{one.bytes:.0f}",
+                f"{one.bytes.mean():.0f}",
             ]
         )
-    columns = ["set", "images", "tokens", "difference", "more", "p", error, "jpeg bytes"]
+    columns = ["set", "images", "tokens", *COMPARED, error, "jpeg bytes"]
     return Table("Counts under the same rule", columns, rows, ABOUT)
 
 
@@ -205,7 +218,10 @@ def _finding(sets: Mapping[str, _Set], found: Mapping[str, Estimate]) -> str:
         if name != HELD_OUT:
             one = found[f"{name}: difference"]
             side = "more" if one.low > 0 else "fewer" if one.high < 0 else "as many"
-            told[side].append(f"{name} ({one.value:+.1f})")
+            told[side].append(f"{name} ({one.value:+.1f}, matched {found[f'{name}: matched'].value:+.1f})")
     known = found[f"{HELD_OUT}: tokens"]
     sentence = "; ".join(f"{side}: {', '.join(names)}" for side, names in told.items() if names)
-    return f"Held-out images get {known} tokens; {sentence} (difference in mean tokens, judged by its 95% interval)."
+    return (
+        f"Held-out images get {known} tokens; {sentence} (difference in mean tokens, judged by its 95% interval; "
+        "matched: to held-out images as complex)."
+    )

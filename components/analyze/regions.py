@@ -141,7 +141,7 @@ def _table(found: dict[str, Estimate], budgets: list[int], images: int) -> Table
 
 def _finding(found: dict[str, Estimate], budgets: list[int], images: int) -> str:
     more = found["hard less other: fall"]
-    way = "a larger" if more.low > 0 else "a smaller" if more.high < 0 else "the same"
+    way = "a larger" if more.low > 0 else "a smaller" if more.high < 0 else "no clearly larger"
     return (
         f"From {budgets[0]} to {budgets[-1]} tokens {way} share of the error goes in hard cells "
         f"({found['hard: fall']}) than in others ({found['other: fall']}; difference {more}, {images} images)."

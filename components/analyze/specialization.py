@@ -27,7 +27,7 @@ CLAIM = (
     "Tokens specialize: with every rollout the latent tokens attend to fewer places, and single tokens come to lie on "
     "whole objects."
 )
-BEST = "IoU of the best token"
+BEST, BEYOND = "IoU of the best token", "beyond chance"
 LOCAL = {"paper": "", "local": " The weights started with each latent tied to a place, so some of it was given."}
 ABOUT = (
     "A latent's map: the attention that the grid tokens of the decoder pay to it, mean over layers and heads, shares "
@@ -35,7 +35,8 @@ ABOUT = (
     "0.5 is even; means over the latents of an image. IoU: with the cells of a mask's class, mean over the classes in "
     "an image; of the best token: of its strongest cells, as many as the class has; of a subset: of a union of tokens, "
     "the cells with half of each, taken greedily as long as it gains; other image: the same with the maps of another "
-    "image, which is what chance gives: it grows with the tokens too, and many sharp ones can make up any region."
+    "image, which is what chance gives: it grows with the tokens too, and many sharp ones can make up any region. "
+    "beyond chance: the best token's own less the other image's, image by image."
 )
 
 
@@ -122,12 +123,15 @@ def _overlaps(inputs: Inputs, maps: Sequence[np.ndarray], masks: np.ndarray) -> 
     rows = [at for at, grid in enumerate(grids) if grid]
     found: dict[str, Estimate] = {}
     for budget, of_images in zip(inputs.budgets, maps, strict=True):
+        values: dict[str, np.ndarray] = {}
         for name, (measure, shift) in OVERLAPS.items():
-            values = [
-                np.mean([measure(of_images[(at + shift) % len(of_images)], region) for region in grids[at].values()])
-                for at in rows
-            ]
-            found[f"{name} at {budget}"] = inputs.bootstrap.mean(np.array(values))
+            shifted = np.roll(of_images, -shift, axis=0)
+            values[name] = np.array(
+                [np.mean([measure(shifted[at], region) for region in grids[at].values()]) for at in rows]
+            )
+            found[f"{name} at {budget}"] = inputs.bootstrap.mean(values[name])
+        own, chance, *_ = values.values()
+        found[f"{BEYOND} at {budget}"] = inputs.bootstrap.mean(own - chance)
     return found
 
 
@@ -200,7 +204,7 @@ def _overlay(axes: "Axes", image: np.ndarray, one: np.ndarray) -> None:
 
 
 def _table(found: Mapping[str, Estimate], budgets: Sequence[int], images: int, overlapped: bool) -> Table:
-    names = ["entropy", "area", *(OVERLAPS if overlapped else ())]
+    names = ["entropy", "area", *((*OVERLAPS, BEYOND) if overlapped else ())]
     rows = [[str(budget), *(str(found[f"{name} at {budget}"]) for name in names), str(images)] for budget in budgets]
     return Table("Attention maps by rollout", ["tokens", *names, "images"], rows, ABOUT)
 
@@ -212,9 +216,9 @@ def _finding(found: Mapping[str, Estimate], budgets: Sequence[int], images: int)
     text = f"The maps {way} over the rollouts: entropy {one} at {first} tokens, {other} at {last} ({images} images)."
     if f"{BEST} at {last}" not in found:
         return f"{text} There are no masks to compare with."
-    own, chance = found[f"{BEST} at {last}"], found[f"the same, other image at {last}"]
-    verdict = "above" if own.low > chance.high else "not clearly above"
+    own, beyond = found[f"{BEST} at {last}"], found[f"{BEYOND} at {last}"]
+    verdict = "more" if beyond.low > 0 else "less" if beyond.high < 0 else "not clearly more"
     return (
-        f"{text} At {last} tokens the best token overlaps a class by {own}, {verdict} the {chance} of another image's "
-        "maps."
+        f"{text} At {last} tokens the best token overlaps a class by {own}, which is {verdict} than by chance "
+        f"(difference to another image's maps {beyond})."
     )

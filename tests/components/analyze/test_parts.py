@@ -69,6 +69,10 @@ def test_spoilt_images_keep_what_they_should() -> None:
         assert np.array_equal(colours[0][0], colours[1][0]) and np.array_equal(colours[0][1], colours[1][1])
 
 
+def test_images_are_matched_by_complexity() -> None:
+    assert familiarity.nearest(np.array([9.0, 1.2, 5.1]), np.array([1.0, 5.0, 2.0])).tolist() == [1, 0, 1]
+
+
 def test_random_phases_keep_the_spectrum() -> None:
     grey = np.clip(RNG.normal(128, 8, (1, 3, 64, 64)), 0, 255).astype(np.uint8)  # so that nothing is clipped
     turned = familiarity.random_phases(grey, np.random.default_rng(1))
