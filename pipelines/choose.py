@@ -8,6 +8,7 @@ from typing import Any
 from components import artifacts
 from components.artifacts import Artifact, Draft, Job, Manifest, TokenCounts, join, read_manifest
 from components.config import NoConfig, RuleConfig
+from components.parts import files_digest
 from components.select_counts import select
 from components.task_config import TaskConfig
 from pipelines.config import ConfigError, RunConfig
@@ -69,6 +70,7 @@ def _made(pipeline: Pipeline, name: str, workspace: str) -> str:
         config=task.model_dump(mode="json"),
         code=stage.version,
         counts=counts,
+        files=files_digest(join(draft.uri, "table")),
         seconds=time.monotonic() - began,
     )
     return draft.commit(manifest)

@@ -10,12 +10,13 @@ def tokenizer_stage(config: RunConfig) -> str:
 
 
 def inference_demand(config: RunConfig, actors: int | None = None) -> Demand:
-    """What a stage of inference actors takes."""
+    """What a stage of inference actors takes; a pool with a range, the least it begins with."""
     inference = config.inference
-    actors = inference.actors if actors is None else actors
+    actors = inference.actor_range.min if actors is None else actors
     return Demand(
         cpus=actors * inference.cpus_per_actor,
         gpus=actors * inference.gpus_per_actor,
+        memory_gb=actors * inference.memory_mb_per_actor / 1024,
         workers=actors,
         unit="actor",
         setting="inference",
@@ -29,6 +30,7 @@ def training_demand(config: RunConfig) -> Demand:
     return Demand(
         cpus=least * training.cpus_per_worker,
         gpus=least * training.gpus_per_worker,
+        memory_gb=least * training.memory_mb_per_worker / 1024,
         workers=least,
         setting="training",
     )

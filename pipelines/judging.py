@@ -84,7 +84,7 @@ def _score(config: RunConfig) -> Stage:
         "score",
         run="components.score:score",
         produces="ScoreTable",
-        version="2",
+        version="3",
         config=ScoreStageConfig(
             metrics=metrics,
             perceptual=distances[0] if distances else PerceptualConfig(),
@@ -102,5 +102,5 @@ def _score(config: RunConfig) -> Stage:
             **({"perceptual": _digest(str(weights))} if weights else {}),
         },
         demand=inference_demand(config),
-        headline=tuple(f"{columns[0]}@{budget}" for budget in (smallest, largest)),
+        headline=(*(f"{columns[0]}@{budget}" for budget in (smallest, largest)), "scored"),
     )

@@ -14,7 +14,7 @@ from components import tracking
 from components.artifacts import DRAFTS, join, remove
 from components.config import MlflowSettings, RaySettings
 from components.tracking import DataSet, Status, Store
-from pipelines.cluster import check_demand, cluster
+from pipelines.cluster import check_demand, cluster, grown
 from pipelines.config import ConfigError
 from pipelines.dag import Pipeline, Planned, plan
 from pipelines.execution import Context, Execution
@@ -120,7 +120,7 @@ def _ray_for(
         import ray
 
         stop.listen()
-        have = ray.cluster_resources()
+        have = grown(ray.cluster_resources(), options.ray.grows_to)
         check_demand(to_run, have)
         yield have, len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
 

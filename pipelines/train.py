@@ -61,12 +61,12 @@ def _ingest(config: RunConfig) -> Stage:
         "ingest",
         run="components.ingest:ingest",
         produces="ImageSet",
-        version="2",
+        version="3",
         config=IngestStageConfig(data=config.data, limits=IngestConfig(**limits)),
         resources=IngestResources(**resources),
         fingerprint={"listing": digest},
         demand=Demand(data_cpus=1),
-        headline=("images", "rejected"),
+        headline=("images", "rejected", "added", "changed", "removed"),
     )
 
 
@@ -151,9 +151,10 @@ def _tokenize(config: RunConfig) -> Stage:
         "tokenize",
         run="components.tokenize_images:tokenize",
         produces="CodeBook",
+        version="2",
         config=NoConfig(),
         resources=config.inference,
         needs={"images": "ingest", "tokenizer": tokenizer_stage(config)},
         demand=inference_demand(config),
-        headline=("images", "tokens"),
+        headline=("images", "tokens", "encoded"),
     )

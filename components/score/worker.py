@@ -16,12 +16,13 @@ from components.images import stack, to_float
 from components.judges.judge import ask
 from components.judges.record import JudgeRecord, open_judge
 from components.mapping import Totals, load_tokenizer
-from components.score.pieces import Column
 from components.targets import decode_targets
 from components.task_config import ScoredTask, ScoreStageConfig
 from components.tasks.build import build_task
 from components.tasks.pixels import build_pixel_metrics
 from components.tasks.task import Originals, Seen, Task
+
+KEYS = ("image_id", "split")  # of a score table, as the images have them
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,36 +31,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an actor does: ``new`` columns are measured, ``copied`` (old name -> new) taken from earlier tables."""
+class Order:
+    """What an actor measures."""
 
     config: ScoreStageConfig
-    columns: tuple[Column, ...]  # of the table, in its order
-    new: frozenset[str]
-    copied: tuple[dict[str, str], ...]  # one an earlier table
+    columns: tuple[str, ...]  # of the table, in its order
     tokenizer: str  # URI
     judges: dict[str, str]  # task -> URI of its Judge
 
 
 class Scorer:
-    """Called with the same rows of the images, the codes and each earlier table."""
+    """Called with the same rows of the images and the codes."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._measuring = _Measuring(plan) if plan.new else None
+    def __init__(self, order: Order) -> None:
+        self._measuring = _Measuring(order)
 
-    def __call__(self, images: pa.Table, codes: pa.Table, *earlier: pa.Table) -> tuple[pa.Table, Totals]:
-        """The table's rows."""
-        for table in (codes, *earlier):
-            if images["image_id"] != table["image_id"]:
-                raise AssertionError("images, codes and earlier scores are not the same rows in the same order")
-        made: dict[str, pa.ChunkedArray | pa.Array] = {}
-        if self._measuring is not None:
-            made = {name: as_lists(values) for name, values in self._measuring(images, codes).items()}
-        for table, names in zip(earlier, self._plan.copied, strict=True):
-            made |= {ours: table[theirs] for theirs, ours in names.items()}
-        ordered = {column.name: made[column.name] for column in self._plan.columns}
-        return pa.table({name: images[name] for name in ("image_id", "split")} | ordered), {"rows": len(images)}
+    def __call__(self, images: pa.Table, codes: pa.Table) -> tuple[pa.Table, Totals]:
+        """image_id, split and the columns."""
+        if images["image_id"] != codes["image_id"]:
+            raise AssertionError("images and codes are not the same rows in the same order")
+        made = {name: as_lists(values) for name, values in self._measuring(images, codes).items()}
+        return pa.table({name: images[name] for name in KEYS} | made), {"rows": len(images)}
 
 
 def as_lists(values: np.ndarray) -> pa.Array:
@@ -73,21 +65,21 @@ def as_lists(values: np.ndarray) -> pa.Array:
 class _Measuring:
     """The models and tasks, loaded once."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._tokenizer = load_tokenizer(plan.tokenizer)
+    def __init__(self, order: Order) -> None:
+        self._tokenizer = load_tokenizer(order.tokenizer)
         self._device = str(next(self._tokenizer.parameters()).device)
-        self._new = plan.new
-        pixels = tuple(metric for metric in plan.config.metrics if metric in plan.new)
-        self._pixels = build_pixel_metrics(pixels, plan.config.perceptual)
+        self._new = order.columns
+        pixels = tuple(metric for metric in order.config.metrics if metric in order.columns)
+        self._pixels = build_pixel_metrics(pixels, order.config.perceptual)
         for metric in self._pixels.values():
             if hasattr(metric, "to"):
                 metric.to(self._device)
         self._tasks: dict[str, Task] = {}
         self._judge_of: dict[str, str] = {}  # task -> identity: one judge may serve several tasks
         self._judges: dict[str, Judge] = {}
-        for task in plan.config.tasks:
-            if any(f"{task.name}.{metric}" in plan.new for metric in task.metrics):
-                self._load(task, plan.judges.get(task.name))
+        for task in order.config.tasks:
+            if any(f"{task.name}.{metric}" in order.columns for metric in task.metrics):
+                self._load(task, order.judges.get(task.name))
 
     def _load(self, task: ScoredTask, judge: str | None) -> None:
         with ExitStack() as open_folders:
