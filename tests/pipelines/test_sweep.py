@@ -36,7 +36,7 @@ def test_variants_of_the_data_have_their_own_images() -> None:
 
 def test_fewer_variants_change_no_key() -> None:
     keys = build_sweep("ablations", DEMO).keys()
-    few = "sweep.variants=[{name: full}, {name: halting, set: ['tokenizer.halting={enabled: true, threshold: 0.2}']}]"
+    few = "sweep.variants=[{name: full}, {name: halting, set: ['tokenizer.halting={enabled: true, threshold: 0.02}']}]"
     less = build_sweep("ablations", [*DEMO, few]).keys()
     assert {name: key for name, key in less.items() if name != "compare"}.items() <= keys.items()
     assert "distill.halting" in less and "distill.continuous" not in less
