@@ -143,7 +143,8 @@ def _log_analysis(tracker: Tracker, name: str, analysis: Analysis) -> None:
     """An analysis as its table, and its JSON and pictures as files."""
     tracker.table(read_table(analysis.table_uri).to_pydict(), name)
     with local_folder(analysis.uri) as folder:
-        for file in sorted(Path(folder).glob(f"{name}.*")):
+        files = {*Path(folder).glob(f"{name}.*"), *Path(folder).glob("*.png"), *Path(folder).glob("sections.json")}
+        for file in sorted(files):
             tracker.artifact(file, "analyses")
 
 

@@ -12,6 +12,7 @@ from pipelines.config import ConfigError, user_errors
 
 if TYPE_CHECKING:
     from pipelines.config import AnyConfig
+    from pipelines.dag import Pipeline
 
 _out = logging.getLogger("alit")
 
@@ -78,6 +79,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--force", action="append", default=[], metavar="STAGE", help="as for run")
     add_config("graph", _graph, "Print the DAG as mermaid text.")
     add_config("status", _status, "Show stages, artifacts and sizes.")
+    sweep = add_config("sweep", _sweep, "Run the variants of a config and compare them.")
+    sweep.add_argument("--plan", action="store_true", help="only say what would run and why")
     submit = add_config("submit", _submit, "Run on a cluster, through Ray's job API.")
     _add_stages(submit)
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
@@ -179,14 +182,19 @@ def _known_stage(names: Sequence[str], name: str) -> None:
 
 def _plan(options: argparse.Namespace) -> int:
     from pipelines.build import build
-    from pipelines.dag import plan
-    from pipelines.summary import table
 
     config = _config(options)
     pipeline = build(config)
     for name in options.force:
         _known_stage(pipeline.names, name)
-    planned = plan(pipeline, config.workspace, tuple(options.force))
+    return _say_plan(pipeline, config.workspace, tuple(options.force))
+
+
+def _say_plan(pipeline: "Pipeline", workspace: str, force: tuple[str, ...]) -> int:
+    from pipelines.dag import plan
+    from pipelines.summary import table
+
+    planned = plan(pipeline, workspace, force)
     rows = [(one.stage.name, one.key, one.state, one.reason) for one in planned]
     for line in table(("stage", "key", "state", "why"), rows):
         _out.info("%s", line)
@@ -194,6 +202,28 @@ def _plan(options: argparse.Namespace) -> int:
         _out.info("%-10s %s", name, fact)
     _out.info("%d of %d stages would run", sum(one.state == "run" for one in planned), len(planned))
     return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from components.artifacts import WorkspaceError
+    from pipelines.build import build, options_of
+    from pipelines.runner import run
+    from pipelines.summary import lines_of
+    from pipelines.sweep import COMPARE, build_sweep, comparison_lines
+
+    config = _config(options)
+    pipeline = build_sweep(options.config, options.set)
+    if options.plan:
+        return _say_plan(pipeline, config.workspace, ())
+    try:
+        record = run(pipeline, workspace=config.workspace, options=options_of(config, build(config)))
+    except WorkspaceError as error:
+        _out.error("error: %s", error)
+        return 1
+    compared = comparison_lines(record[COMPARE].uri) if record.exit_code == 0 else ()
+    for line in (*lines_of(record), "", *compared):
+        _out.info("%s", line)
+    return record.exit_code
 
 
 def _graph(options: argparse.Namespace) -> int:

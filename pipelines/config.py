@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, ValidationInfo, model_validator
 
+from components.analyze.settings import AnalyzeConfig, SweepConfig
 from components.config import (
     DataConfig,
     DriftConfig,
@@ -36,6 +37,7 @@ from components.task_config import TaskConfig
 from model.config import SIZES, AlitConfig, BaseObjectiveConfig, DistillConfig
 from model.recipes import FinetuneConfig
 from model.starter import STARTER_NAME
+from pipelines.paths import absolute, with_analysis_paths
 
 READY = Path(__file__).parent / "configs"
 MODEL = re.compile(r"models:/(?P<name>[A-Za-z0-9_.-]+)(@[A-Za-z0-9_.-]+|/[1-9][0-9]*)")
@@ -174,6 +176,8 @@ class RunConfig(PipelineConfig):
 
     tokenizer: AlitConfig
     training: TrainingSection
+    analyze: AnalyzeConfig | None = None  # none: no such stage; {} takes the defaults
+    sweep: SweepConfig | None = None  # what `alit sweep` runs and compares
     publish: PublishSection = PublishSection()
 
     @model_validator(mode="after")
@@ -292,10 +296,13 @@ def _with_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
     data, tasks = raw.get("data"), raw.get("tasks")
     source = data.get("source") if isinstance(data, dict) else None
     if isinstance(data, dict) and isinstance(source, str) and source != DEMO and "://" not in source:
-        made["data"] = {**data, "source": _absolute(source)}
+        made["data"] = {**data, "source": absolute(source)}
     quality = raw.get("quality")
     if isinstance(quality, dict) and isinstance(quality.get("inception"), str):
-        made["quality"] = {**quality, "inception": _absolute(quality["inception"])}
+        made["quality"] = {**quality, "inception": absolute(quality["inception"])}
+    analyze = raw.get("analyze")
+    if isinstance(analyze, dict):
+        made["analyze"] = with_analysis_paths(analyze)
     if isinstance(tasks, list):
         made["tasks"] = [_with_task_paths(task) if isinstance(task, dict) else task for task in tasks]
     return made
@@ -305,16 +312,12 @@ def _with_task_paths(task: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(task)
     kind, _, place = str(task.get("judge", "")).partition(":")
     if kind in ("torchscript", "onnx"):
-        made["judge"] = f"{kind}:{_absolute(place)}"
+        made["judge"] = f"{kind}:{absolute(place)}"
     for section, name in (("judge_options", "classes"), ("perceptual", "weights")):
         values = task.get(section)
         if isinstance(values, dict) and isinstance(values.get(name), str):
-            made[section] = {**values, name: _absolute(values[name])}
+            made[section] = {**values, name: absolute(values[name])}
     return made
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else path
 
 
 def _rerun(raw: Mapping[str, Any]) -> Mapping[str, Any]:

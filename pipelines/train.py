@@ -18,6 +18,7 @@ from components.config import (
 )
 from components.sources import open_source
 from model.starter import model_folder
+from pipelines.analyzing import analyzing_stages
 from pipelines.config import ConfigError, PipelineConfig, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
 from pipelines.demands import TokenizerStage, inference_demand, trained, training_demand
@@ -31,6 +32,7 @@ def build(config: RunConfig) -> Pipeline:
     training = [_base(config), _distill(config), *_finetune(config)]
     stages = [ingest_stage(config), *training, tokenize_stage(config, tokenizer)]
     stages += [*judge_stages(config), score_stage(config, tokenizer), *stages_from_scores(config, tokenizer)]
+    stages += analyzing_stages(config, tokenizer)
     return Pipeline("train", (*stages, _publish(config, published(config, tokenizer, stages)), _promote(config)))
 
 
