@@ -306,6 +306,13 @@ class Analysis(Artifact):
 
 
 @dataclass(frozen=True)
+class Report(Artifact):
+    """``report.html``: one page that needs nothing beside it."""
+
+    schema: ClassVar[str] = "report"
+
+
+@dataclass(frozen=True)
 class Publication(Artifact):
     """``publication.json``: the registered model's name and version, the runs, the tables."""
 

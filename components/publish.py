@@ -15,6 +15,7 @@ from components.artifacts import (
     Job,
     Judge,
     LengthModel,
+    Report,
     ScoreTable,
     TokenCounts,
     Tokenizer,
@@ -71,6 +72,11 @@ def publish(
     for row, picture in enumerate(_pictures(images, tokenizer, first, config.pictures)):
         tracker.picture(picture, f"reconstructions_{row:02d}")
         job.progress(f"picture {row + 1}/{config.pictures}")
+    for artifact in by_task.values():
+        if isinstance(artifact, Report):
+            with local_folder(artifact.uri) as folder:
+                tracker.artifact(Path(folder, "report.html"))
+                tracker.parent.artifact(Path(folder, "report.html"))
     for name, artifact in by_task.items():
         if isinstance(artifact, Judge) and tracker.run_id:
             with local_folder(artifact.uri) as folder:

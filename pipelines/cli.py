@@ -86,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--env", action="append", default=[], metavar="NAME", help="pass this variable on to the job")
     submit.add_argument("--working-dir", default=".", metavar="DIR", help="the code to send (default: this folder)")
     submit.add_argument("--no-wait", action="store_true", help="don't follow the job to its end")
+    page = add_config("report", _report, "Print the path of the HTML report.")
+    page.add_argument("--open", action="store_true", help="open it in a browser")
     select = add_config("select", _select, "Choose token counts again from stored scores.")
     select.add_argument("--task", required=True, help="a task of the config")
     rule = select.add_mutually_exclusive_group(required=True)
@@ -225,6 +227,25 @@ def _status(options: argparse.Namespace) -> int:
     headings = ("stage", "key", "state", "made", "size", "figures", "MLflow run")
     for line in table(headings, status_rows(build(config), config.workspace)):
         _out.info("%s", line)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipelines.page import find_page, local_copy
+    from pipelines.train import build
+
+    config = _config(options)
+    found = find_page(build(config), config.workspace)
+    if found is None:
+        _out.error("error: no report in %s yet: alit run %s", config.workspace, options.config)
+        return 1
+    if not found.current:
+        _progress(f"the config or its data changed since; `alit run {options.config}` makes a new one")
+    _say(found.uri)
+    if options.open:
+        import webbrowser
+
+        webbrowser.open(Path(local_copy(found.uri)).as_uri())
     return 0
 
 

@@ -20,6 +20,7 @@ from components.config import (
     PublishConfig,
     QualityConfig,
     RaySettings,
+    ReportConfig,
     S3Settings,
     Settings,
     TrainConfig,
@@ -127,6 +128,7 @@ class RunConfig(Settings):
     pack: PackConfig = PackConfig()
     quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults
     matrix: MatrixConfig | None = MatrixConfig()
+    report: ReportConfig = ReportConfig()
     publish: PublishConfig = PublishConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()
@@ -150,6 +152,13 @@ class RunConfig(Settings):
             if task.name == name:
                 return task
         raise ConfigError(f"--task {name!r}: allowed are {[task.name for task in self.tasks]}")
+
+
+def to_yaml(config: RunConfig) -> str:
+    """``config`` in full, as :func:`load_config` takes it."""
+    raw = config.model_dump(mode="json", by_alias=True)
+    del raw["tokenizer"]["image_size"]  # it is data.image_size
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str, overrides: Sequence[str] = (), *, folders_exist: bool = True) -> RunConfig:

@@ -5,10 +5,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.config import LengthConfig, LengthStageConfig, MatrixStageConfig, NoConfig, RuleConfig
+from components.config import (
+    LengthConfig,
+    LengthStageConfig,
+    MatrixStageConfig,
+    NoConfig,
+    ReportResources,
+    ReportStageConfig,
+    RuleConfig,
+)
 from components.rules import column
 from components.task_config import TaskConfig
-from pipelines.config import ConfigError, RunConfig
+from pipelines.config import ConfigError, RunConfig, to_yaml
 from pipelines.dag import Stage
 from pipelines.demands import inference_demand, tokenizer_stage
 
@@ -19,6 +27,7 @@ def stages_from_scores(config: RunConfig) -> list[Stage]:
     for task in config.tasks:
         stages += [*_length(config, task), _select(task), _pack(config, task)]
     stages += [*_quality(config), *_matrix(config)]
+    stages.append(_report(config, [stage.name for stage in stages]))
     return [*stages, _publish(config, [stage.name for stage in stages])]
 
 
@@ -129,17 +138,39 @@ def _counts(config: RunConfig) -> dict[str, str]:
     return {f"counts_{task.name}": f"select.{task.name}" for task in config.tasks}
 
 
+def _report(config: RunConfig, made: Sequence[str]) -> Stage:
+    """The page; it reads every artifact of the run, if only to say when it was made."""
+    tokenizer = tokenizer_stage(config)
+    trained = [name for name in ("base", "distill") if name != tokenizer]
+    judges = [f"judge.{task.name}" for task in config.tasks if task.judge != "none"]
+    return Stage(
+        "report",
+        run="components.report:report",
+        produces="Report",
+        config=ReportStageConfig(settings=config.report, model_name=config.publish.model_name),
+        resources=ReportResources(run_config=to_yaml(config)),
+        needs={
+            "images": "ingest",
+            "tokenizer": tokenizer,
+            "codes": "tokenize",
+            "scores": "score",
+            **{name.replace(".", "_"): name for name in (*trained, *judges, *made)},
+        },
+        headline=("sections", "bytes"),
+    )
+
+
 def _publish(config: RunConfig, made: Sequence[str]) -> Stage:
     archives = {f"archive_{task.name}": f"pack.{task.name}" for task in config.tasks}
     lengths = {f"length_{task.name}": f"length.{task.name}" for task in config.tasks}
-    found = {"quality": "quality", "matrix": "matrix", **lengths}
+    found = {"quality": "quality", "matrix": "matrix", "report": "report", **lengths}
     optional = {argument: name for argument, name in found.items() if name in made}
     judges = {f"judge_{task.name}": f"judge.{task.name}" for task in config.tasks if task.judge != "none"}
     return Stage(
         "publish",
         run="components.publish:publish",
         produces="Publication",
-        version="2",
+        version="3",
         config=config.publish,
         resources=NoConfig(),
         needs={

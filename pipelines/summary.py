@@ -44,6 +44,9 @@ def lines_of(record: RunRecord) -> Iterator[str]:
             yield f"\n{stage.name} failed: {stage.error}\n  log: {_from_here(stage.log)}"
     yield f"\n{record.pipeline} {record.state} in {clock(record.seconds)}"
     yield f"artifacts   {_from_here(record.workspace)}"
+    for stage in record.stages:
+        if stage.name == "report" and stage.state in ("done", "reused"):
+            yield f"report      {_from_here(join(stage.uri, 'report.html'))}"
     yield f"MLflow run  {record.mlflow_run_id} in {_from_here(record.mlflow_uri)}"
     if record.mlflow_uri.startswith("sqlite"):
         yield f"look        mlflow ui --backend-store-uri {shlex.quote(_from_here(record.mlflow_uri))}"
