@@ -22,6 +22,7 @@ STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
+    "text.parse_math": False,  # a name with a dollar sign is a name
     "text.color": INK,
     "axes.labelcolor": SOFT,
     "axes.edgecolor": LINE,
@@ -101,6 +102,8 @@ def draw_bars(values: Mapping[str, float], *, unit: str) -> Markup:
         bars = axes.barh(names, [values[name] for name in names], color=FIRST, height=0.62)
         axes.bar_label(bars, [f" {values[name]:,.0f}" for name in names], fontsize=8, color=SOFT)
         axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_minor_formatter("")
         axes.set_xlabel(f"{unit}, logarithmic")
         axes.grid(visible=False)
         axes.margins(x=0.2)
@@ -121,10 +124,10 @@ def _svg(draw: "Callable[[Axes], None]", alt: str, height_in: float = SIZE_IN[1]
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
-    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)  # as wide as its place
+    text = re.sub(r"<style.*?</style>", "", text, flags=re.DOTALL)  # it would be the whole page's
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # the same in every figure, and nothing refers to them
     for colour, variable in VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
-    return Markup(
-        text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
-    )  # matplotlib escapes its text
+    named = text.replace("<svg ", f'<svg role="img" aria-label="{escape(alt)}" ', 1)
+    return Markup(named)  # matplotlib has escaped its text
