@@ -140,7 +140,7 @@ def _config(options: argparse.Namespace) -> "RunConfig":
 def _run(options: argparse.Namespace) -> int:
     from components.artifacts import WorkspaceError
     from pipelines.runner import run
-    from pipelines.summary import lines_of
+    from pipelines.summary import lines_of, lines_of_refusal
     from pipelines.train import build, options_of
 
     config = _config(options)
@@ -154,7 +154,8 @@ def _run(options: argparse.Namespace) -> int:
             options=options_of(config, pipeline, force=options.force, until=options.until),
         )
     except WorkspaceError as error:
-        _out.error("error: %s", error)
+        for line in lines_of_refusal(error):
+            _out.error("%s", line)
         return 1
     for line in lines_of(record):
         _out.info("%s", line)
