@@ -28,7 +28,8 @@ from components.artifacts import (
 )
 from components.config import NoConfig, PublishConfig
 from components.images import stack, to_float, to_uint8
-from components.registry import ModelVersion, Rules, register_judge, register_tokenizer
+from components.model_card import Card
+from components.registry import ModelVersion, Rules, describe_version, register_judge, register_tokenizer
 from components.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -84,6 +85,8 @@ def publish(
                 register_judge(tracker, folder, name=named, figures=artifact.manifest.counts)
     rules = _rules(counts)
     version = _register(tracker, config, tokenizer, images, Rules(rules, {t: heads[t] for t in rules if t in heads}))
+    card = Card(config.model_name, images, tokenizer, scores, counts)
+    describe_version(tracker, version, card=card.text(), tags=card.tags())
     write_json(join(job.output, "publication.json"), {"model": version.name, "version": version.version})
     return {"model": version.name, "version": version.version, "pictures": config.pictures}
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from components.artifacts import join, read_bytes
 from components.config import (
     BaseStageConfig,
@@ -18,7 +20,7 @@ from components.config import (
 from components.sources import open_source
 from components.tracking import DataSet
 from model.starter import model_folder
-from pipelines.config import ConfigError, RunConfig
+from pipelines.config import ConfigError, RunConfig, to_yaml
 from pipelines.dag import Demand, Pipeline, Stage
 from pipelines.demands import inference_demand, tokenizer_stage, training_demand
 from pipelines.judging import judging_stages
@@ -45,7 +47,7 @@ def options_of(
         wait_s=config.wait_s,
         ray=config.ray,
         mlflow=config.mlflow,
-        config=config.model_dump(mode="json", by_alias=True),
+        config=yaml.safe_load(to_yaml(config)),
         data_set=DataSet(name=Path(data.source).name, digest=digest, source=data.source, counts={}),
     )
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from components.artifacts import Analysis, join, read_bytes, read_json
 from components.report.examples import data_uri
-from components.report.lineage import code_version
 from components.report.read import Run, Task, finite
+from components.software import git_commit, versions
 
 NUMBER = re.compile(r"–|[+−-]?[\d.,]*\d%?")
 METRICS = {"l1": "L1", "mse": "squared error", "psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM"}
@@ -272,7 +272,8 @@ def lineage_tables(run: Run, model_name: str) -> list[Table]:
         ["digest of its listing", run.images.manifest.fingerprint.get("listing", "")],
         ["model", model_name],
         ["digest of the tokenizer", _tokenizer_digest(run)],
-        *([name, text] for name, text in code_version().items()),
+        *([name, text] for name, text in versions().items()),
+        *([["git commit", commit]] if (commit := git_commit()) else []),
     ]
     made = [
         [one.manifest.stage, one.schema, one.key, one.manifest.created, (one.manifest.mlflow_run_id or "")[:8]]

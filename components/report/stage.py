@@ -9,9 +9,9 @@ from components.artifacts import Artifact, CodeBook, Figures, ImageSet, Job, Sco
 from components.config import ReportResources, ReportStageConfig
 from components.report import content
 from components.report.examples import KINDS, data_uri, examples_of, rejected_of
-from components.report.lineage import gantt
 from components.report.plots import draw_bars, draw_curve, draw_histogram
 from components.report.read import Run
+from components.report.timing import gantt
 from components.tracking import redact
 
 PAGE = "report.html"

@@ -1,19 +1,13 @@
-"""Where the page comes from: data, code, artifacts; and when each stage ran."""
+"""When each stage ran."""
 
-import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from components.artifacts import Artifact
 
-ROOT = Path(__file__).parents[2]
-SOFTWARE = ("alit-pipeline", "torch", "ray", "mlflow")
 PAUSE_S = 60.0  # with nothing running for longer, the chart leaves the time out
 NARROWEST = 0.004  # share of the axis that a stage of no time still gets
-GIT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -26,36 +20,6 @@ class Bar:
     left: float
     width: float
     pause_s: float  # left out before this stage
-
-
-def code_version() -> dict[str, str]:
-    """The versions of the software, and the git commit where this runs from a checkout."""
-    found = {}
-    for package in SOFTWARE:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:  # a submitted job brings the code along, uninstalled
-            continue
-    commit = git_commit()
-    return found | ({"git commit": commit} if commit else {})
-
-
-def git_commit() -> str | None:
-    """The commit of the checkout that this code is in, ``+changes`` where files differ from it; None: no checkout."""
-    if not (ROOT / ".git").exists():
-        return None
-    commit = _git("rev-parse", "HEAD")
-    return f"{commit}+changes" if commit and _git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=GIT_S, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip() or None
 
 
 def gantt(artifacts: Sequence[Artifact]) -> list[Bar]:
