@@ -47,9 +47,10 @@ class Card:
         codebook = config["codebook_size"]
         tokens = f"indices into {codebook} codes" if codebook else f"vectors of {config['latent_dim']} numbers"
         return (
-            f"# {self.name}\n\nAn adaptive-length image tokenizer (ALIT, arXiv 2411.02393): an image of {width} x {height} "
-            f"px becomes {budgets[0]} to {budgets[-1]} tokens, as many as it needs. Tokens are {tokens}. "
-            f"The run trained on {counts['train']:,} images; the {counts['val']:,} held-out ones took no part."
+            f"# {self.name}\n\nAn adaptive-length image tokenizer (ALIT, arXiv 2411.02393): an image of "
+            f"{width} x {height} px becomes {budgets[0]} to {budgets[-1]} tokens, as many as it needs. "
+            f"Tokens are {tokens}. The run trained on {counts['train']:,} images; the {counts['val']:,} held-out ones "
+            "took no part."
         )
 
     def _quality(self) -> str:
