@@ -328,6 +328,25 @@ class ClusterSize(Settings):
     memory_gb: NonNegativeFloat = 0.0  # GiB
 
 
+class ReportConfig(Settings):
+    """The page."""
+
+    examples: Annotated[int, Field(ge=0, le=48)] = 12  # images shown with their reconstructions, easy to hard
+
+
+class ReportStageConfig(Settings):
+    """What decides the page, besides the artifacts that it is about."""
+
+    settings: ReportConfig = ReportConfig()
+    model_name: str  # that the tokenizer will be registered under
+
+
+class ReportResources(Settings):
+    """What the page also shows, and is not made again for."""
+
+    run_config: str = ""  # YAML, as `alit run` takes it
+
+
 class RaySettings(Settings):
     """Which Ray runs the stages: RAY_ADDRESS in the environment, else ``address``, else one started for the run."""
 

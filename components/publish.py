@@ -16,6 +16,7 @@ from components.artifacts import (
     Job,
     Judge,
     LengthModel,
+    Report,
     ScoreTable,
     TokenCounts,
     Tokenizer,
@@ -29,7 +30,8 @@ from components.artifacts import (
 from components.config import NoConfig, PublishConfig, RegisteredModel, TablesConfig
 from components.distributions import reference_of
 from components.images import stack, to_float, to_uint8
-from components.registry import Companions, ModelVersion, register_judge, register_tokenizer
+from components.model_card import Card
+from components.registry import Companions, ModelVersion, describe_version, register_judge, register_tokenizer
 from components.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -65,6 +67,8 @@ def publish(
         reference=reference_of(scores, counts),
     )
     version = _register(tracker, config, tokenizer, images, companions)
+    card = Card(config.model_name, images, tokenizer, scores, counts)
+    describe_version(tracker, version, card=card.text(), tags=card.tags())
     write_json(join(job.output, "publication.json"), {"model": version.name, "version": version.version})
     return {"model": version.name, "version": version.version, "pictures": config.pictures}
 
@@ -114,6 +118,11 @@ def _log(job: Job, config: TablesConfig, results: _Results) -> None:
     for row, picture in enumerate(_pictures(results.images, results.tokenizer, first, config.pictures)):
         tracker.picture(picture, f"reconstructions_{row:02d}")
         job.progress(f"picture {row + 1}/{config.pictures}")
+    for artifact in results.by_task.values():
+        if isinstance(artifact, Report):
+            with local_folder(artifact.uri) as folder:
+                tracker.artifact(Path(folder, "report.html"))
+                tracker.parent.artifact(Path(folder, "report.html"))
 
 
 def _register_judges(tracker: Tracker, config: PublishConfig, by_task: Mapping[str, Artifact]) -> dict[str, int]:

@@ -89,6 +89,16 @@ def register_tokenizer(
     return made
 
 
+def describe_version(tracker: Tracker, made: ModelVersion, *, card: str, tags: Mapping[str, str]) -> None:
+    """Give a version its model card (markdown) and tags."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=tracker.uri, registry_uri=tracker.uri)
+    client.update_model_version(made.name, str(made.version), description=card)
+    for name, value in tags.items():
+        client.set_model_version_tag(made.name, str(made.version), name, value)
+
+
 def register_judge(tracker: Tracker, folder: str, *, name: str, figures: Mapping[str, Any]) -> ModelVersion:
     """Register the judge in ``folder`` under ``name``: its files, no pickle, and what it scored as tags."""
     import mlflow

@@ -271,7 +271,7 @@ def open_parent_run(store: Store, name: str, tags: Mapping[str, str]) -> Tracker
         experiment = _experiment_id(client, store)
         run = client.create_run(experiment, tags=_run_tags(tags), run_name=name)
     except Exception as error:
-        raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be used: {redact(str(error))}") from error
+        raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be used: {redact(_root(error))}") from error
     return Tracker(store.uri, run.info.run_id, experiment)
 
 
@@ -343,6 +343,13 @@ def _tags_of(client: "MlflowClient", run_id: str) -> Mapping[str, str]:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return {}
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what was wrong at the bottom of it, without the layers of HTTP clients above."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _log_batch(run_id: str, client: "MlflowClient", **entities: list[Any]) -> None:

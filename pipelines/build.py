@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from components.tracking import DataSet
 from pipelines import rerun, train
-from pipelines.config import AnyConfig, RerunConfig
+from pipelines.config import AnyConfig, RerunConfig, to_yaml
 from pipelines.dag import Pipeline
 from pipelines.runner import RunOptions
 
@@ -31,6 +33,6 @@ def options_of(
         wait_s=config.wait_s,
         ray=config.ray,
         mlflow=config.mlflow,
-        config=config.model_dump(mode="json", by_alias=True),
+        config=yaml.safe_load(to_yaml(config)),
         data_set=DataSet(name=Path(data.source).name, digest=digest, source=data.source, counts={}),
     )

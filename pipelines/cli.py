@@ -87,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--env", action="append", default=[], metavar="NAME", help="pass this variable on to the job")
     submit.add_argument("--working-dir", default=".", metavar="DIR", help="the code to send (default: this folder)")
     submit.add_argument("--no-wait", action="store_true", help="don't follow the job to its end")
+    page = add_config("report", _report, "Print the path of the HTML report.")
+    page.add_argument("--open", action="store_true", help="open it in a browser")
     select = add_config("select", _select, "Choose token counts again from stored scores.")
     select.add_argument("--task", required=True, help="a task of the config")
     rule = select.add_mutually_exclusive_group(required=True)
@@ -126,7 +128,7 @@ def _run(options: argparse.Namespace) -> int:
     from components.artifacts import WorkspaceError
     from pipelines.build import build, options_of
     from pipelines.runner import run
-    from pipelines.summary import lines_of
+    from pipelines.summary import lines_of, lines_of_refusal
 
     config = _config(options)
     pipeline = build(config)
@@ -139,7 +141,8 @@ def _run(options: argparse.Namespace) -> int:
             options=options_of(config, pipeline, force=options.force, until=options.until),
         )
     except WorkspaceError as error:
-        _out.error("error: %s", error)
+        for line in lines_of_refusal(error):
+            _out.error("%s", line)
         return 1
     for line in lines_of(record):
         _out.info("%s", line)
@@ -241,6 +244,28 @@ def _status(options: argparse.Namespace) -> int:
     headings = ("stage", "key", "state", "made", "size", "figures", "MLflow run")
     for line in table(headings, status_rows(build(config), config.workspace)):
         _out.info("%s", line)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipelines.build import build
+    from pipelines.page import find_page, local_copy
+
+    config = _config(options)
+    found = find_page(build(config), config.workspace)
+    if found is None:
+        _out.error("error: no report in %s yet: alit run %s", config.workspace, options.config)
+        return 1
+    if not found.current:
+        logging.getLogger(__name__).info(
+            f"the config or its data changed since; `alit run {options.config}` makes a new one"
+        )
+    _say(found.uri)
+    if options.open:
+        import webbrowser
+        from pathlib import Path
+
+        webbrowser.open(Path(local_copy(found.uri)).as_uri())
     return 0
 
 

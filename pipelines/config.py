@@ -25,6 +25,7 @@ from components.config import (
     PublishConfig,
     QualityConfig,
     RaySettings,
+    ReportConfig,
     S3Settings,
     Settings,
     TablesConfig,
@@ -178,6 +179,7 @@ class RunConfig(PipelineConfig):
     training: TrainingSection
     analyze: AnalyzeConfig | None = None  # none: no such stage; {} takes the defaults
     sweep: SweepConfig | None = None  # what `alit sweep` runs and compares
+    report: ReportConfig = ReportConfig()
     publish: PublishSection = PublishSection()
 
     @model_validator(mode="after")
@@ -226,6 +228,13 @@ class RerunConfig(PipelineConfig):
 
 
 AnyConfig: TypeAlias = RunConfig | RerunConfig
+
+
+def to_yaml(config: AnyConfig) -> str:
+    """``config`` in full, as :func:`load_config` takes it."""
+    raw = config.model_dump(mode="json", by_alias=True)
+    raw.get("tokenizer", {}).pop("image_size", None)  # it is data.image_size
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str, overrides: Sequence[str] = (), *, folders_exist: bool = True) -> AnyConfig:

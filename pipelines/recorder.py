@@ -9,6 +9,7 @@ import yaml
 
 from components import tracking
 from components.artifacts import Figures
+from components.software import lineage_tags
 from components.tracking import DataSet, Status, Store, Tracker
 from pipelines.dag import Planned
 
@@ -106,18 +107,21 @@ class Recorder:
         self.run_id = run_id
         self.numbers = {one.stage.name: number for number, one in enumerate(planned, 1)}
         name = f"{pipeline} {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        self.parent = tracking.open_parent_run(
-            store, name, {"alit.run_id": run_id, "alit.pipeline": pipeline, "alit.state": "running"}
-        )
+        about = {"alit.run_id": run_id, "alit.pipeline": pipeline, "alit.state": "running"}
+        keys = {f"alit.key.{one.stage.name}": one.key for one in planned}
+        self.parent = tracking.open_parent_run(store, name, {**about, **lineage_tags(), **keys})
         self.children: dict[str, Tracker] = {}
+        self.data: DataSet | None = None
 
     def describe(self, config: Mapping[str, Any], data: DataSet | None, facts: Mapping[str, str]) -> None:
         """The run's config as params and as a file, the data it reads, and what was found out while planning."""
         self.parent.params(config)
         self.parent.tags({f"alit.{name}": fact for name, fact in facts.items()})
         self.parent.text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
+        self.data = data
         if data is not None:
             self.parent.data_set(data)
+            self.parent.tags({"alit.data_digest": data.digest})
 
     def started(self, planned: Planned) -> Tracker:
         """The child run of a stage that starts; of one that starts again, the same."""
@@ -125,6 +129,8 @@ class Recorder:
         if name not in self.children:
             self.children[name] = self._open(planned, {"alit.state": "running", "alit.reason": planned.reason})
             self.children[name].params(planned.stage.config.model_dump(mode="json"))
+            if self.data is not None and "images" in planned.stage.needs:
+                self.children[name].data_set(self.data)
         return self.children[name]
 
     def reused(self, planned: Planned) -> str:

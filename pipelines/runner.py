@@ -3,6 +3,7 @@
 import logging
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from typing import Any
 from components import tracking
 from components.artifacts import DRAFTS, join, remove
 from components.config import MlflowSettings, RaySettings
-from components.tracking import DataSet, Status, Store
-from pipelines.cluster import check_demand, cluster, grown
+from components.tracking import DataSet, Status, Store, TrackingError
+from pipelines.cluster import ClusterError, check_demand, cluster, grown
 from pipelines.config import ConfigError
 from pipelines.dag import Pipeline, Planned, plan
 from pipelines.execution import Context, Execution
@@ -60,6 +61,7 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
         planned = plan(wanted, workspace, options.force)
         logs = _log_folder(workspace, run_id)
         with (
+            _traced(join(logs, "run.log")),
             _ray_for(planned, options, logs, stop) as (have, hosts),
             _recorder(store, wanted, run_id, planned, stop) as recorder,
         ):
@@ -105,6 +107,17 @@ def _log_folder(workspace: str, run_id: str) -> str:
     folder = Path(tempfile.gettempdir() if "://" in workspace else workspace, "logs", run_id)
     folder.mkdir(parents=True, exist_ok=True)
     return str(folder)
+
+
+@contextmanager
+def _traced(file: str) -> Iterator[None]:
+    """Write the trace of what keeps a run from beginning to ``file``: the terminal gets the cause alone."""
+    try:
+        yield
+    except (ClusterError, TrackingError) as error:
+        Path(file).write_text(tracking.redact(traceback.format_exc()))
+        error.trace = file
+        raise
 
 
 @contextmanager

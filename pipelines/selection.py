@@ -5,7 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.config import LengthConfig, LengthStageConfig, MatrixStageConfig, NoConfig, RuleConfig
+from components.config import (
+    LengthConfig,
+    LengthStageConfig,
+    MatrixStageConfig,
+    NoConfig,
+    RuleConfig,
+)
 from components.rules import column
 from components.task_config import TaskConfig
 from pipelines.config import ConfigError, PipelineConfig
@@ -134,7 +140,14 @@ def published(config: PipelineConfig, tokenizer: TokenizerStage, made: Sequence[
     """What of the stages ``made`` is published."""
     archives = {f"archive_{task.name}": f"pack.{task.name}" for task in config.tasks}
     lengths = {f"length_{task.name}": f"length.{task.name}" for task in config.tasks}
-    found = {"quality": "quality", "matrix": "matrix", "drift": "drift", "analyze": "analyze", **lengths}
+    found = {
+        "quality": "quality",
+        "matrix": "matrix",
+        "drift": "drift",
+        "report": "report",
+        "analyze": "analyze",
+        **lengths,
+    }
     names = {stage.name for stage in made}
     return {
         "images": "ingest",

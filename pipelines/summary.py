@@ -4,9 +4,10 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from components.artifacts import folder_bytes, join, read_manifest
+from components.artifacts import WorkspaceError, folder_bytes, join, read_manifest
 from pipelines.dag import Pipeline, newest_manifest
 from pipelines.recorder import RunRecord, StageRecord
+from pipelines.remedies import next_step
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -41,7 +42,9 @@ def lines_of(record: RunRecord) -> Iterator[str]:
     yield from table(("stage", "state", "time", "figures"), [_row(stage) for stage in record.stages])
     for stage in record.stages:
         if stage.state == "failed":
-            yield f"\n{stage.name} failed: {stage.error}\n  log: {_from_here(stage.log)}"
+            yield f"\n{stage.name} failed: {stage.error}"
+            yield f"  next: {next_step(stage.error)}"
+            yield f"  log:  {_from_here(stage.log)}"
     if news := record.news:
         yield f"\nimages  {news.pop('images', 0)}, of which in this run: {figures_line(news, list(news))}"
     for stage in record.stages:
@@ -49,11 +52,20 @@ def lines_of(record: RunRecord) -> Iterator[str]:
             yield f"drift:  {stage.figures['drift']}"
     yield f"\n{record.pipeline} {record.state} in {clock(record.seconds)}"
     yield f"artifacts   {_from_here(record.workspace)}"
+    for stage in record.stages:
+        if stage.name == "report" and stage.state in ("done", "reused"):
+            yield f"report      {_from_here(join(stage.uri, 'report.html'))}"
     yield f"MLflow run  {record.mlflow_run_id} in {_from_here(record.mlflow_uri)}"
     if record.mlflow_uri.startswith("sqlite"):
         yield f"look        mlflow ui --backend-store-uri {shlex.quote(_from_here(record.mlflow_uri))}"
-    if record.state == "failed":
-        yield "next        mend the cause and run the same command: finished stages are kept"
+
+
+def lines_of_refusal(error: WorkspaceError) -> Iterator[str]:
+    """Why a run didn't begin, or broke off: cause, next step, and the file with the trace where there is one."""
+    yield f"error: {error}"
+    if error.trace:
+        yield f"  next: {next_step(f'{type(error).__name__}: {error}')}"
+        yield f"  log:  {_from_here(error.trace)}"
 
 
 def _from_here(place: str) -> str:

@@ -91,7 +91,7 @@ def test_a_threshold_changes_only_what_follows_from_it() -> None:
     before = build(load_config("demo")).keys()
     after = build(load_config("demo", ["tasks.0.rule.max=0.05"])).keys()
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"select.reconstruction", "pack.reconstruction", "matrix", "publish", "promote"}
+    assert changed == {"select.reconstruction", "pack.reconstruction", "matrix", "report", "publish", "promote"}
 
 
 def test_graph_is_mermaid(capsys: pytest.CaptureFixture[str]) -> None:
