@@ -8,12 +8,12 @@ from components.artifacts import ImageSet, ScoreTable, TokenCounts, Tokenizer, j
 from components.scores import budgets_of
 from components.software import lineage_tags
 
-LIMITS = """\
-## Licence and limits
-
-The software is Apache-2.0; whether the weights may be passed on depends on the images that they were trained on. The
-numbers above hold for images like these: look at the report before using it on others. Tokens decode with the version
-that made them, and no other: archives carry its digest. Images are seen as their centre square."""
+LIMITS = (  # one line: MLflow's page keeps line breaks
+    "## Licence and limits\n\n"
+    "The software is Apache-2.0; whether the weights may be passed on depends on the images that they were trained on. "
+    "The numbers above hold for images like these: look at the report before using it on others. Tokens decode with "
+    "the version that made them, and no other: archives carry its digest. Images are seen as their centre square."
+)
 
 
 @dataclass(frozen=True)

@@ -48,17 +48,30 @@ class Browser:
 
     def wait_for(self, text: str, *, seconds: float = 60) -> None:
         """Until ``text`` can be seen."""
+        self.wait_until(f"document.body && document.body.innerText.includes({json.dumps(text)})", seconds=seconds)
+
+    def wait_until(self, script: str, *, seconds: float = 60) -> None:
+        """Until a JavaScript expression is true."""
         from selenium.webdriver.support.ui import WebDriverWait
 
-        WebDriverWait(self.driver, seconds).until(
-            lambda driver: text in driver.execute_script("return document.body ? document.body.innerText : ''"),
-            f"{text!r} did not appear",
-        )
+        WebDriverWait(self.driver, seconds).until(lambda _: self.ask(script), f"never true: {script}")
 
     def shoot(self, file: Path) -> None:
         """The whole page as a picture."""
         shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
         file.write_bytes(base64.b64decode(shot["data"]))
+
+    def glance(self, file: Path) -> None:
+        """What the window shows of the page as a picture."""
+        self.driver.save_screenshot(str(file))
+
+    def press(self, text: str) -> None:
+        """Click on the element that says ``text`` and no more, as soon as there is one."""
+        from selenium.webdriver.common.by import By
+        from selenium.webdriver.support.ui import WebDriverWait
+
+        place = (By.XPATH, f"//*[normalize-space(text())='{text}']")
+        WebDriverWait(self.driver, 60).until(lambda driver: driver.find_element(*place)).click()
 
     def print(self) -> bytes:
         """The page as PDF."""

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from mlflow import MlflowClient
 from packaging.requirements import Requirement
 from PIL import Image
 
-from tests.browser import Browser, chromium
+from tests.browser import chromium
 from tests.integration.conftest import Workspace, environment
 
 pytestmark = pytest.mark.slow
@@ -137,7 +138,7 @@ def test_a_run_says_what_it_was_made_of(finished: Workspace, client: MlflowClien
     distill = child(client, "distill")
     assert [item.dataset.digest for item in distill.inputs.dataset_inputs] == [listing[:36]]
     images = [file.path for file in client.list_artifacts(distill.info.run_id, "images")]
-    steps = {path.split("%step%")[1].split("%")[0] for path in images if "held_out_00" in path}
+    steps = {re.split(r"[%+]", path)[2] for path in images if "held_out_00" in path}
     assert steps == {"4"}  # a slider over the steps that were evaluated
     page = [file.path for file in client.list_artifacts(child(client, "publish").info.run_id)]
     assert {"report.html", "budgets.json", "counts_reconstruction.json", "rules_reconstruction.json"} <= set(page)
@@ -214,21 +215,31 @@ def test_a_model_runs_with_its_stated_requirements_alone(
 
 def test_the_page_of_mlflow_shows_it(finished: Workspace, client: MlflowClient, store: str, tmp_path: Path) -> None:
     distill, publish = child(client, "distill").info, child(client, "publish").info
+    picture = next(
+        file.path.removeprefix("images/")
+        for file in client.list_artifacts(publish.run_id, "images")
+        if file.path.endswith(".png")
+    )
     base = f"/#/experiments/{publish.experiment_id}"
     shown = {
         "runs": (f"{base}/runs", ["train 20", "demo"]),
-        "metrics": (f"{base}/runs/{distill.run_id}/model-metrics", ["train/loss"]),
-        "pictures": (f"{base}/runs/{publish.run_id}/artifacts", ["report.html", "budgets.json"]),
+        "metrics": (f"{base}/runs/{distill.run_id}/model-metrics", ["03 distill (train/"]),
+        "artifacts": (f"{base}/runs/{publish.run_id}/artifacts", ["report.html", "budgets.json", "images"]),
         "version": (f"/#/models/{MODEL}/versions/1", ["An adaptive-length image tokenizer", "Licence and limits"]),
     }
     command = ("ui", "--backend-store-uri", store, "--workers", "1")
     with serving(*command, path="/health", store=store) as address, chromium() as browser:
         for name, (path, texts) in shown.items():
-            see(browser, f"{address}{path}", texts)
-            browser.shoot(tmp_path / f"mlflow-{name}.png")
-
-
-def see(browser: Browser, address: str, texts: list[str]) -> None:
-    browser.visit(address)
-    for text in texts:
-        browser.wait_for(text)
+            browser.visit(f"{address}{path}")
+            for text in texts:
+                browser.wait_for(text)
+            if name == "metrics":
+                browser.wait_until("document.querySelector('.js-plotly-plot .trace')")
+            browser.glance(tmp_path / f"mlflow-{name}.png")
+        browser.visit(f"{address}{shown['artifacts'][0]}")
+        browser.press("images")
+        browser.press(picture)
+        browser.wait_until(
+            "document.querySelector('.js-plotly-plot image') || document.querySelector('img[src^=blob]')"
+        )
+        browser.glance(tmp_path / "mlflow-picture.png")
