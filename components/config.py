@@ -279,11 +279,45 @@ class QualityConfig(Settings):
     inception: str | None = None  # a file with the Inception weights of torch-fidelity: rFID too
 
 
-class PublishConfig(Settings):
+class TablesConfig(Settings):
+    """What is shown in MLflow of a run's results."""
+
+    pictures: Annotated[int, Field(ge=0, le=64)] = 6
+
+
+class PublishConfig(TablesConfig):
     """What is registered in MLflow and under which name."""
 
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "alit"
-    pictures: Annotated[int, Field(ge=0, le=64)] = 6
+
+
+class GateConfig(Settings):
+    """What a new model must do better than the champion, on the same held-out images."""
+
+    metric: str  # a column of the score table: one of pixels, or TASK.METRIC
+    budget: PositiveInt  # tokens an image
+    margin: NonNegativeFloat = 0.0  # by more than so much, in the metric's own unit
+
+
+class PromoteConfig(Settings):
+    """What makes a newly registered model the champion."""
+
+    gate: GateConfig | None = None  # none: the first model is, a later one waits as challenger
+
+
+class RegisteredModel(Settings):
+    """A version in the model registry of the run's MLflow."""
+
+    name: str
+    version: PositiveInt
+
+
+class DriftConfig(Settings):
+    """When new images differ so much from those of the training that somebody should look."""
+
+    psi: PositiveFloat = 0.2  # population stability index above which a difference is large ...
+    p_value: Annotated[float, Field(gt=0, lt=1)] = 0.01  # ... and probability below which it isn't chance: both flag
+    min_images: PositiveInt = 30  # fewer new images say too little
 
 
 class ClusterSize(Settings):
@@ -292,6 +326,25 @@ class ClusterSize(Settings):
     cpus: NonNegativeFloat = 0.0
     gpus: NonNegativeFloat = 0.0
     memory_gb: NonNegativeFloat = 0.0  # GiB
+
+
+class ReportConfig(Settings):
+    """The page."""
+
+    examples: Annotated[int, Field(ge=0, le=48)] = 12  # images shown with their reconstructions, easy to hard
+
+
+class ReportStageConfig(Settings):
+    """What decides the page, besides the artifacts that it is about."""
+
+    settings: ReportConfig = ReportConfig()
+    model_name: str  # that the tokenizer will be registered under
+
+
+class ReportResources(Settings):
+    """What the page also shows, and is not made again for."""
+
+    run_config: str = ""  # YAML, as `alit run` takes it
 
 
 class RaySettings(Settings):

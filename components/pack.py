@@ -146,11 +146,11 @@ class _Sampled:
 
 
 def _sample(images: ImageSet, scores: ScoreTable, counts: TokenCounts, number: int) -> Iterator[_Sampled]:
-    """``number`` held-out images (any, where none is held out), evenly spaced over the table."""
-    batches = read_batches(scores.table_uri, columns=["split"])
-    held_out = np.concatenate([np.asarray(pc.equal(batch["split"], "val")) for batch in batches])
-    among = np.flatnonzero(held_out) if held_out.any() else np.arange(len(held_out))
-    wanted = np.unique(among[np.linspace(0, len(among) - 1, min(number, len(among))).astype(np.int64)])
+    """``number`` held-out images (any, where none is held out): the first by id, which no order of the rows changes."""
+    rows = pa.Table.from_batches(list(read_batches(scores.table_uri, columns=["image_id", "split"])))
+    rows = rows.append_column("row", pa.array(np.arange(len(rows))))
+    held_out = rows.filter(pc.equal(rows["split"], "val"))
+    wanted = np.sort(np.asarray((held_out if len(held_out) else rows).sort_by("image_id").slice(0, number)["row"]))
     budgets, scored, start = budgets_of(scores), "l1" in larger_is_better(scores), 0
     for name in part_names(scores.table_uri):
         chosen = _read(counts.table_uri, name, ["num_tokens"])

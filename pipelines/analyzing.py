@@ -11,10 +11,10 @@ from components.sources import open_source
 from components.task_config import TaskConfig
 from pipelines.config import ConfigError, RunConfig
 from pipelines.dag import Stage
-from pipelines.demands import inference_demand, tokenizer_stage
+from pipelines.demands import TokenizerStage, inference_demand
 
 
-def analyzing_stages(config: RunConfig) -> list[Stage]:
+def analyzing_stages(config: RunConfig, tokenizer: TokenizerStage) -> list[Stage]:
     """``analyze``, or nothing; raises ConfigError when something that it reads isn't there."""
     settings = config.analyze
     if settings is None:
@@ -29,7 +29,7 @@ def analyzing_stages(config: RunConfig) -> list[Stage]:
         resources=config.inference,
         needs={
             "images": "ingest",
-            "tokenizer": tokenizer_stage(config),
+            "tokenizer": tokenizer.name,
             "codes": "tokenize",
             "scores": "score",
             **{f"counts_{task.name}": f"select.{task.name}" for task in config.tasks},

@@ -13,7 +13,7 @@ from components.config import NoConfig
 from components.rules import column
 from pipelines.config import ConfigError, RunConfig, load_config
 from pipelines.dag import Pipeline, Stage
-from pipelines.demands import tokenizer_stage
+from pipelines.demands import trained
 from pipelines.summary import table
 from pipelines.train import build
 
@@ -25,12 +25,12 @@ SHARED = ("workspace", "ray", "mlflow", "s3")  # what a variant can't have for i
 
 def build_sweep(path: str, overrides: Sequence[str] = ()) -> Pipeline:
     """The pipeline of the variants of the config in ``path``; raises ConfigError when it has none or one is wrong."""
-    config = load_config(path, overrides)
+    config = _load(path, overrides)
     if config.sweep is None or config.analyze is None:
         raise ConfigError(f"{path}: a sweep needs the sections sweep and analyze")
     pipelines = {}
     for variant in config.sweep.variants:
-        changed = load_config(path, [*overrides, *variant.set])
+        changed = _load(path, [*overrides, *variant.set])
         for name in SHARED:
             if getattr(changed, name) != getattr(config, name):
                 raise ConfigError(f"sweep.variants.{variant.name}.set: {name} is the whole sweep's")
@@ -42,6 +42,13 @@ def build_sweep(path: str, overrides: Sequence[str] = ()) -> Pipeline:
             stages.setdefault(stage.name, stage)
     compare = _compare(config, {name: one for name, (one, _) in pipelines.items()}, names)
     return Pipeline("sweep", (*stages.values(), compare))
+
+
+def _load(path: str, overrides: Sequence[str]) -> RunConfig:
+    config = load_config(path, overrides)
+    if not isinstance(config, RunConfig):
+        raise ConfigError(f"{path}: a sweep trains its variants; a rerun's config, with a model, has none")
+    return config
 
 
 def _names(plain: Mapping[str, str], keys: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
@@ -66,7 +73,7 @@ def _compare(config: RunConfig, variants: Mapping[str, RunConfig], names: Mappin
     needs: dict[str, str] = {}
     for variant, one in variants.items():
         of_variant = {
-            "tokenizer": tokenizer_stage(one),
+            "tokenizer": trained(one).name,
             "scores": "score",
             "counts": f"select.{task.name}",
             "analysis": LAST,

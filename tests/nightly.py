@@ -1,11 +1,10 @@
-"""The stages of a nightly rerun: the main job with a tokenizer that no listing changes, here the starter as it is.
+"""The stages of a nightly rerun: the main job with a tokenizer that no listing changes, here a small random one.
 
 ``python -m tests.nightly SOURCE WORKSPACE [ADDRESS]`` runs them in a process of their own.
 """
 
 import json
 import logging
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -19,17 +18,24 @@ from skimage import data
 
 from components.artifacts import Figures, Job
 from components.config import MlflowSettings, NoConfig, RaySettings
-from model.starter import STARTER
 from pipelines import train
 from pipelines.config import load_config
 from pipelines.dag import Pipeline, Stage
 from pipelines.recorder import RunRecord
 from pipelines.runner import RunOptions, run
+from tests.model.conftest import SMALL as SMALL_TOKENIZER
+from tests.model.conftest import build
 
 PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 TABLES = ("ingest", "tokenize", "score", "select.reconstruction", "pack.reconstruction")
 LAST = TABLES[-1]
-SMALL = ("training.from=starter", "inference.batch_size=64", "ingest.files_per_block=32")
+SMALL = (
+    "data.image_size=32",
+    "training.from=scratch",
+    "inference.batch_size=64",
+    "ingest.files_per_block=32",
+    "tasks.0.rule={kind: best, metric: l1}",
+)
 
 
 def photographs(folder: Path, numbers: range, *, shift: int = 0) -> None:
@@ -42,10 +48,9 @@ def photographs(folder: Path, numbers: range, *, shift: int = 0) -> None:
         shot.crop((left, top, left + 96, top + 96)).save(folder / f"{number:05d}.png")
 
 
-def starter(job: Job, *, config: NoConfig, resources: NoConfig) -> Figures:
-    """The starter tokenizer as an artifact."""
-    for name in ("weights.safetensors", "config.json"):
-        shutil.copy(STARTER / name, job.output)
+def small_tokenizer(job: Job, *, config: NoConfig, resources: NoConfig) -> Figures:
+    """A tokenizer of fixed random weights as an artifact."""
+    build(SMALL_TOKENIZER).save(job.output)
     return {}
 
 
@@ -53,7 +58,9 @@ def nightly(source: Path, *overrides: str) -> Pipeline:
     """From ``source`` to packed tokens."""
     config = load_config("demo", [*SMALL, *overrides, f"data.source={source}"])
     stages = [stage for stage in train.build(config).until(LAST).stages if stage.name not in ("base", "distill")]
-    model = Stage("model", run="tests.nightly:starter", produces="Tokenizer", config=NoConfig(), resources=NoConfig())
+    model = Stage(
+        "model", run="tests.nightly:small_tokenizer", produces="Tokenizer", config=NoConfig(), resources=NoConfig()
+    )
     renamed = {"distill": "model"}
     return Pipeline(
         "nightly",

@@ -34,7 +34,7 @@ def test_only_what_is_new_is_read_encoded_and_scored(own_ray: None, tmp_path: Pa
     counted = {name: told["ingest"][name] for name in ("images", "rejected", "added", "changed", "removed", "reused")}
     assert counted == {"images": 307, "rejected": 1, "added": 12, "changed": 3, "removed": 5, "reused": 293}
     assert told["tokenize"]["encoded"] == told["score"]["scored"] == 15
-    assert told["score"]["decoded_images"] == 15 * 8
+    assert told["score"]["decoded_images"] == 15 * 4
     added = json.loads((Path(second.stages[1].uri) / "added.json").read_text())["parts"]
     assert len(added) == 1 and all((Path(second.stages[1].uri) / "table" / name).is_file() for name in added)
     assert before == {stage: rows(first, stage) for stage in TABLES}, "the earlier artifacts are as they were"
@@ -43,7 +43,8 @@ def test_only_what_is_new_is_read_encoded_and_scored(own_ray: None, tmp_path: Pa
     only_here = {"added", "changed", "removed", "reused", "encoded", "scored", "decoded_images"}
     for name, numbers in figures(anew).items():
         for figure, value in numbers.items():
-            assert figure in only_here or told[name][figure] == pytest.approx(value, rel=1e-12), (name, figure)
+            same = told[name][figure] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-9))
+            assert figure in only_here or same, (name, figure, value)
     for stage in TABLES:
         assert rows(second, stage).equals(rows(anew, stage)), stage
 
