@@ -30,6 +30,7 @@ from components.config import NoConfig
 from components.scores import budgets_of, larger_is_better, score_files, values_of
 from components.tracking import Tracker
 
+DIFFERENCES = {"o": ("difference at the most", -0.12), "s": ("difference", 0.12)}  # mark: which, and where in its row
 EQUAL_SHARE = 0.02  # mean counts so close are the same
 CLAIM = "Each part of the method earns its place: without it the same tokens give a worse image."
 ABOUT = (
@@ -190,16 +191,31 @@ def _table(
 def _curves(
     config: CompareStageConfig, measured: Sequence[_Measured], found: Mapping[str, Estimate], images: int
 ) -> Picture:
-    """Every variant's metric against tokens, and where its rule put it."""
-    figure, ((axes,),) = drawing.new_figure(2.6 + 0.13 * len(measured))
+    """Every variant's metric against tokens, and below its differences to the first."""
+    first = measured[0].variant.name
+    figure, axes = drawing.new_figure(3.4 + 0.28 * len(measured), rows=2, columns=1)
+    axes[0, 0].get_gridspec().set_height_ratios([2.2, 0.6 + 0.25 * len(measured)])
     for number, one in enumerate(measured):
-        name = one.variant.name
-        points = [found[f"{name}: {config.column} at {budget}"] for budget in one.budgets]
-        drawing.curve(axes, one.budgets, points, drawing.Line(name, number))
-    drawing.label(axes, x="tokens", y=config.column)
-    drawing.legend(figure, axes)
-    caption = f"{config.column} against tokens, one line a variant, 95% intervals, n = {images} held-out images."
-    alt = f"{config.column} against tokens for each variant."
+        points = [found[f"{one.variant.name}: {config.column} at {budget}"] for budget in one.budgets]
+        drawing.curve(axes[0, 0], one.budgets, points, drawing.Line(one.variant.name, number))
+        for mark, (what, place) in DIFFERENCES.items():
+            if known := found.get(f"{one.variant.name}: {what}"):
+                colour = drawing.COLOURS[number % len(drawing.COLOURS)]
+                axes[1, 0].plot([known.low, known.high], [number + place] * 2, color=colour, lw=1.5)
+                axes[1, 0].plot(
+                    known.value, number + place, mark, color=colour, ms=5, mfc="white" if place > 0 else None
+                )
+    axes[1, 0].axvline(0, color="#888888", linewidth=0.8)
+    axes[1, 0].set_yticks(range(1, len(measured)), [one.variant.name for one in measured[1:]], fontsize=8)
+    axes[1, 0].invert_yaxis()
+    drawing.label(axes[0, 0], x="tokens", y=config.column)
+    drawing.label(axes[1, 0], x=f"{config.column}, difference to {first}")
+    drawing.legend(figure, axes[0, 0])
+    caption = (
+        f"{config.column} against tokens, one line a variant; below, image by image, its difference to {first}: filled "
+        f"at the most tokens, open at equal mean counts; 95% intervals, n = {images} held-out images."
+    )
+    alt = f"{config.column} against tokens for each variant, and differences to the first."
     return Picture("comparison.png", alt, caption, drawing.png(figure))
 
 

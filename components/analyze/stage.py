@@ -62,7 +62,12 @@ def analyze(
         lengths={n.removeprefix("length_"): one for n, one in by_task.items() if isinstance(one, LengthModel)},
         batch_size=resources.batch_size,
     )
-    task = ray.remote(num_cpus=resources.cpus_per_actor, num_gpus=resources.gpus_per_actor, max_retries=2)(made)
+    task = ray.remote(
+        num_cpus=resources.cpus_per_actor,
+        num_gpus=resources.gpus_per_actor,
+        memory=resources.memory_mb_per_actor << 20 or None,
+        max_retries=2,
+    )(made)
     # One after the other, as the clock of one must not run beside another's work.
     sections = []
     for number, topic in enumerate(config.settings.sections, start=1):
