@@ -178,6 +178,12 @@ class NoConfig(Settings):
     """A stage that its inputs alone decide."""
 
 
+class PrecisionConfig(Settings):
+    """At what precision codes and reconstructions are computed."""
+
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
 class InferenceResources(Settings):
     """How tokenize and score are spread out."""
 

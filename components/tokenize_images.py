@@ -10,19 +10,19 @@ import numpy as np
 import pyarrow as pa
 
 from components.artifacts import Figures, ImageSet, Job, Tokenizer, join, read_json, write_json
-from components.config import InferenceResources, NoConfig
+from components.config import InferenceResources, PrecisionConfig
 from components.images import stack, to_float
 from components.mapping import Mapping, Totals, load_tokenizer, map_table
 
 
 def tokenize(
-    job: Job, *, config: NoConfig, resources: InferenceResources, images: ImageSet, tokenizer: Tokenizer
+    job: Job, *, config: PrecisionConfig, resources: InferenceResources, images: ImageSet, tokenizer: Tokenizer
 ) -> Figures:
     """Codes at all budgets, flat, the smallest budget first; a continuous tokenizer's latents as float16."""
     mapping = Mapping(
         sources=[images.table_uri],
         target=join(job.output, "table"),
-        build=partial(_Encoder, tokenizer.uri),
+        build=partial(_Encoder, tokenizer.uri, config),
         resources=resources,
         columns=[["image_id", "image"]],
     )
@@ -35,8 +35,8 @@ def tokenize(
 class _Encoder:
     """Runs the encoder over batches of PNGs."""
 
-    def __init__(self, tokenizer_uri: str) -> None:
-        self._tokenizer = load_tokenizer(tokenizer_uri)
+    def __init__(self, tokenizer_uri: str, config: PrecisionConfig) -> None:
+        self._tokenizer = load_tokenizer(tokenizer_uri, config.precision)
         self._device = next(self._tokenizer.parameters()).device
 
     def __call__(self, table: pa.Table) -> tuple[pa.Table, Totals]:

@@ -17,6 +17,7 @@ from components.config import (
     MlflowSettings,
     OptimizerConfig,
     PackConfig,
+    PrecisionConfig,
     PublishConfig,
     QualityConfig,
     RaySettings,
@@ -40,6 +41,18 @@ class ConfigError(ValueError):
 
 class IngestSection(IngestConfig, IngestResources):
     """Limits and resources of ingest."""
+
+
+class InferenceSection(InferenceResources, PrecisionConfig):
+    """How images are tokenized and their tokens decoded for scores."""
+
+    def resources(self) -> InferenceResources:
+        """The part that must not change results."""
+        return InferenceResources(**{name: getattr(self, name) for name in InferenceResources.model_fields})
+
+    def config(self) -> PrecisionConfig:
+        """The part that does."""
+        return PrecisionConfig(precision=self.precision)
 
 
 class TrainSection(TrainConfig):
@@ -122,7 +135,7 @@ class RunConfig(Settings):
     ingest: IngestSection = IngestSection()
     tokenizer: AlitConfig
     training: TrainingSection
-    inference: InferenceResources = InferenceResources()
+    inference: InferenceSection = InferenceSection()
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     pack: PackConfig = PackConfig()
     quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults

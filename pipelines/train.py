@@ -13,7 +13,6 @@ from components.config import (
     IngestConfig,
     IngestResources,
     IngestStageConfig,
-    NoConfig,
 )
 from components.sources import open_source
 from components.tracking import DataSet
@@ -151,8 +150,9 @@ def _tokenize(config: RunConfig) -> Stage:
         "tokenize",
         run="components.tokenize_images:tokenize",
         produces="CodeBook",
-        config=NoConfig(),
-        resources=config.inference,
+        version="2",
+        config=config.inference.config(),
+        resources=config.inference.resources(),
         needs={"images": "ingest", "tokenizer": tokenizer_stage(config)},
         demand=inference_demand(config),
         headline=("images", "tokens"),

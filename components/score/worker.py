@@ -74,7 +74,7 @@ class _Measuring:
     """The models and tasks, loaded once."""
 
     def __init__(self, plan: Plan) -> None:
-        self._tokenizer = load_tokenizer(plan.tokenizer)
+        self._tokenizer = load_tokenizer(plan.tokenizer, plan.config.precision)
         self._device = str(next(self._tokenizer.parameters()).device)
         self._new = plan.new
         pixels = tuple(metric for metric in plan.config.metrics if metric in plan.new)
