@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from components.artifacts import filesystem, join, read_json
-from components.mapping import part_names
+from components.parts import part_names
 
 
 class Batch(NamedTuple):

@@ -189,6 +189,7 @@ class Manifest:
     counts: Figures
     code: str = "1"  # version of the stage's code
     fingerprint: dict[str, Any] = field(default_factory=dict)  # facts of the outside world that are in the key
+    files: str = ""  # digest of the names of the table's files
     mlflow_run_id: str | None = None
     seconds: float = 0.0
     created: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
@@ -202,6 +203,7 @@ class Artifact:
     key: str
     schema: ClassVar[str] = "artifact"
     version: ClassVar[int] = 1
+    follows_images: ClassVar[bool] = False  # the table's files are those of an ImageSet, row by row
 
     @classmethod
     def open(cls, uri: str) -> Self:
@@ -231,10 +233,14 @@ class Artifact:
 
 @dataclass(frozen=True)
 class ImageSet(Artifact):
-    """``table``: IMAGES_SCHEMA; ``rejected``: REJECTED_SCHEMA; ``listing``: what the source held."""
+    """``table``: IMAGES_SCHEMA; ``rejected``: REJECTED_SCHEMA; ``listing``: what the source held.
+
+    Files are named by what is in them (components/parts.py); ``parts`` counts each, and ``added.json`` names those of
+    ``table`` whose images were decoded when this was made: {"parts": [name, …]}.
+    """
 
     schema: ClassVar[str] = "image_set"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     @property
     def rejected_uri(self) -> str:
@@ -265,16 +271,23 @@ class Judge(Artifact):
 
 @dataclass(frozen=True)
 class CodeBook(Artifact):
-    """``table``: image_id, codes: those of every budget, one after the other, flat (float16 when continuous)."""
+    """``table``: image_id, codes: those of every budget, one after the other, flat (float16 when continuous).
+
+    Files are called as the ImageSet's, and have its rows.
+    """
 
     schema: ClassVar[str] = "code_book"
+    follows_images: ClassVar[bool] = True
+    version: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)
 class ScoreTable(Artifact):
-    """``table``: image_id, split and, per metric, a list with one float32 per budget."""
+    """``table``: image_id, split and, per metric, a list with one float32 per budget; files as the ImageSet's."""
 
     schema: ClassVar[str] = "score_table"
+    follows_images: ClassVar[bool] = True
+    version: ClassVar[int] = 2
 
 
 @dataclass(frozen=True)
@@ -282,6 +295,7 @@ class LengthModel(Artifact):
     """``head``: a LengthHead; ``table``: image_id, predicted (a float32 per budget), files as the score table's."""
 
     schema: ClassVar[str] = "length_model"
+    follows_images: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -289,6 +303,7 @@ class TokenCounts(Artifact):
     """``table``: COUNTS_SCHEMA; ``rules.json``: what each rule of the task comes to, the chosen one first."""
 
     schema: ClassVar[str] = "token_counts"
+    follows_images: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -296,6 +311,7 @@ class TokenArchive(Artifact):
     """``table``: image_id, num_tokens, token_ids; ``tokenizer.json``: the tokenizer's digest and where it stood."""
 
     schema: ClassVar[str] = "token_archive"
+    follows_images: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -334,6 +350,20 @@ def read_manifest(uri: str) -> Manifest | None:
         return Manifest(**read_json(join(uri, MANIFEST)))
     except FileNotFoundError:
         return None
+
+
+def finished(workspace: str, stage: str) -> Iterator[tuple[str, Manifest]]:
+    """URI and manifest of every artifact of ``stage`` that stands, the newest first; none without a workspace."""
+    if not workspace:
+        return
+    store, path = filesystem(join(workspace, stage))
+    folders = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    files = store.get_file_info([f"{folder.path}/{MANIFEST}" for folder in folders])
+    for file in sorted(files, key=lambda file: (file.mtime_ns or 0, file.path), reverse=True):
+        uri = join(workspace, stage, file.path.split("/")[-2])
+        manifest = read_manifest(uri) if file.is_file else None
+        if manifest is not None:
+            yield uri, manifest
 
 
 class Draft:
@@ -392,5 +422,7 @@ class Job:
     workspace: str
     output: str  # the draft's folder: write the artifact's files here
     scratch: str  # kept between runs of the same key: training checkpoints
+    code: str = "1"  # version of the stage's code
+    fresh: bool = False  # forced: nothing of earlier artifacts may be taken over
     tracking: Mapping[str, str] = field(default_factory=dict)  # components.tracking.Tracker's fields
     progress: Callable[[str], None] = silent  # one short line for the person at the terminal

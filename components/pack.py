@@ -31,7 +31,7 @@ from components.artifacts import (
 )
 from components.config import NoConfig, PackConfig
 from components.images import decode_png
-from components.mapping import part_names
+from components.parts import part_names
 from components.scores import budgets_of, larger_is_better, values_of
 
 HOW = (

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.artifacts import ScoreTable, filesystem, join, read_json
-from components.mapping import part_names
+from components.parts import part_names
 
 METRICS = "metrics.json"
 

@@ -3,33 +3,60 @@
 Legend: B batch, L latents of a budget, D numbers in a latent.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import Figures, ImageSet, Job, Tokenizer, join, read_json, write_json
+from components.artifacts import (
+    Figures,
+    ImageSet,
+    Job,
+    Tokenizer,
+    finished,
+    join,
+    read_batches,
+    read_json,
+    write_json,
+)
 from components.config import InferenceResources, PrecisionConfig
 from components.images import stack, to_float
-from components.mapping import Mapping, Totals, load_tokenizer, map_table
+from components.mapping import Mapping, Totals, load_tokenizer, map_parts
+from components.parts import Earlier, plan_parts
 
 
 def tokenize(
     job: Job, *, config: PrecisionConfig, resources: InferenceResources, images: ImageSet, tokenizer: Tokenizer
 ) -> Figures:
-    """Codes at all budgets, flat, the smallest budget first; a continuous tokenizer's latents as float16."""
+    """Codes at all budgets, flat, the smallest budget first; a continuous tokenizer's latents as float16.
+
+    Those that an earlier CodeBook of the same tokenizer has are taken over. Figures are of all images, but for
+    ``encoded``: images that went through the encoder in this run.
+    """
+    target = join(job.output, "table")
     mapping = Mapping(
         sources=[images.table_uri],
-        target=join(job.output, "table"),
+        target=target,
         build=partial(_Encoder, tokenizer.uri, config),
         resources=resources,
         columns=[["image_id", "image"]],
     )
-    totals = map_table(mapping, job.progress)
+    plan = plan_parts(images.table_uri, ["codes"], _earlier(job, config, tokenizer))
+    totals = map_parts(plan, lambda _: mapping, target=target, progress=job.progress)
     budgets = read_json(join(tokenizer.uri, "config.json"))["config"]["budgets"]
     write_json(join(job.output, "budgets.json"), budgets)
-    return {"images": int(totals["rows"]), "tokens": int(totals["tokens"])}
+    first = next(read_batches(target, columns=["codes"], batch_rows=1))["codes"][0]
+    return {"images": int(totals["rows"]), "tokens": int(totals["rows"]) * len(first), "encoded": int(totals["made"])}
+
+
+def _earlier(job: Job, config: PrecisionConfig, tokenizer: Tokenizer) -> Iterator[Earlier]:
+    """The codes that ``tokenizer`` made before at this precision, whichever stage it came from."""
+    for uri, manifest in () if job.fresh else finished(job.workspace, job.stage):
+        made = (manifest.code, manifest.config, manifest.inputs.get("tokenizer"))
+        if made == (job.code, config.model_dump(mode="json"), tokenizer.key):
+            yield Earlier(join(uri, "table"), {"codes": "codes"}, same=True)
 
 
 class _Encoder:
@@ -42,7 +69,7 @@ class _Encoder:
     def __call__(self, table: pa.Table) -> tuple[pa.Table, Totals]:
         codes = self._encode(stack(table["image"].to_pylist()))
         lists = pa.ListArray.from_arrays(np.arange(len(codes) + 1, dtype=np.int32) * codes.shape[1], codes.reshape(-1))
-        return pa.table({"image_id": table["image_id"], "codes": lists}), {"rows": len(codes), "tokens": codes.size}
+        return pa.table({"image_id": table["image_id"], "codes": lists}), {"rows": len(codes)}
 
     def _encode(self, images: np.ndarray) -> np.ndarray[Any, Any]:
         """uint8 [B, 3, H, W] to codes [B, sum of budgets], or latents float16 [B, sum of budgets * D]."""

@@ -8,14 +8,14 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field, replace
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal
 
-from pyarrow import fs
 from pydantic import BaseModel
 
-from components.artifacts import MANIFEST, Manifest, filesystem, join, read_manifest
+from components import artifacts
+from components.artifacts import Artifact, ImageSet, Manifest, finished, join, read_manifest
 
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)*")
 RESERVED_NAMES = frozenset({"logs", "scratch", "end"})  # folders of a workspace; `end` closes a block in mermaid
@@ -28,10 +28,11 @@ class Demand:
 
     cpus: float = 0.0  # held by Train workers or actors for as long as the stage runs, all of them together
     gpus: float = 0.0
+    memory_gb: float = 0.0  # set aside for them, GiB
     data_cpus: float = 0.0  # must be free beside those for Ray Data, else it waits for ever without a word
     _: KW_ONLY
     # The rest only words the message for when it doesn't fit: "set training.workers=1 or training.cpus_per_worker=0.5".
-    workers: int = 1  # how many share cpus and gpus
+    workers: int = 1  # how many share cpus, gpus and memory
     unit: str = "worker"  # what one of them is called, "actor" for example
     setting: str = ""  # config section that has `workers` and `cpus_per_worker`, such as "training"
 
@@ -71,6 +72,7 @@ class Pipeline:
 
     name: str
     stages: tuple[Stage, ...]
+    facts: Mapping[str, str] = field(default_factory=dict)  # what was found out while planning, for a person
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -111,7 +113,7 @@ class Pipeline:
             needs = set(queue.pop().needs.values()) - wanted
             wanted |= needs
             queue += [self[need] for need in needs]
-        return Pipeline(self.name, tuple(stage for stage in self.stages if stage.name in wanted))
+        return replace(self, stages=tuple(stage for stage in self.stages if stage.name in wanted))
 
     def mermaid(self) -> str:
         """The graph as mermaid text."""
@@ -162,13 +164,34 @@ class Planned:
 def plan(pipeline: Pipeline, workspace: str, force: tuple[str, ...] = ()) -> list[Planned]:
     """What a run in ``workspace`` would do, stage by stage in order.
 
-    A forced stage runs again under the same key; those that read it stand. Raises ValueError when ``force`` names a
+    A forced stage runs again under the same key; those that read it stand, but for tables that follow its files.
+    Raises ValueError when ``force`` names a
     stage that is not there.
     """
     for name in force:
         _ = pipeline[name]
-    keys = pipeline.keys()
-    return [_plan_stage(stage, keys, workspace, stage.name in force) for stage in pipeline.order()]
+    keys, planned = pipeline.keys(), dict[str, Planned]()
+    for stage in pipeline.order():
+        one = _plan_stage(stage, keys, workspace, stage.name in force)
+        again = _made_again(one, planned)
+        planned[stage.name] = replace(one, state="run", reason=f"{again} is made again") if again else one
+    return list(planned.values())
+
+
+def _made_again(one: Planned, planned: Mapping[str, Planned]) -> str:
+    """The input whose files those of a standing artifact may no longer follow: one key may come in other files."""
+    if one.state == "run" or not _kind(one.stage).follows_images or one.manifest is None:
+        return ""
+    for need in (planned[name] for name in one.stage.needs.values()):
+        if _kind(need.stage).follows_images or _kind(need.stage) is ImageSet:
+            if need.manifest is None or need.state == "run" or need.manifest.files != one.manifest.files:
+                return need.stage.name
+    return ""
+
+
+def _kind(stage: Stage) -> type[Artifact]:
+    kind: type[Artifact] = getattr(artifacts, stage.produces)
+    return kind
 
 
 def _plan_stage(stage: Stage, keys: Mapping[str, str], workspace: str, forced: bool) -> Planned:
@@ -189,13 +212,7 @@ def _plan_stage(stage: Stage, keys: Mapping[str, str], workspace: str, forced: b
 
 def newest_manifest(workspace: str, stage_name: str) -> Manifest | None:
     """The manifest of the newest finished artifact of a stage, whatever its key; None when there is none."""
-    store, path = filesystem(join(workspace, stage_name))
-    folders = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    files = store.get_file_info([f"{folder.path}/{MANIFEST}" for folder in folders])
-    found = sorted((file.mtime_ns or 0, file.path) for file in files if file.type == fs.FileType.File)
-    if not found:
-        return None
-    return read_manifest(join(workspace, stage_name, found[-1][1].split("/")[-2]))
+    return next((manifest for _, manifest in finished(workspace, stage_name)), None)
 
 
 def _differences(stage: Stage, inputs: Mapping[str, str], old: Manifest) -> Iterator[str]:
@@ -203,11 +220,18 @@ def _differences(stage: Stage, inputs: Mapping[str, str], old: Manifest) -> Iter
     if old.code != stage.version:
         yield f"code version {old.code} -> {stage.version}"
     yield from _config_differences(old.config, json.loads(stage.config.model_dump_json()))
-    if _flat(old.fingerprint) != _flat(json.loads(json.dumps(dict(stage.fingerprint)))):
-        yield "source changed"
+    yield from _fingerprint_differences(old.fingerprint, json.loads(json.dumps(dict(stage.fingerprint))))
     for argument in sorted({*inputs, *old.inputs}):
         if inputs.get(argument) != old.inputs.get(argument):
             yield f"input {argument} changed ({stage.needs.get(argument, 'no longer read')})"
+
+
+def _fingerprint_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    before, after = _flat(old), _flat(new)
+    for name in sorted({*before, *after}):
+        if before.get(name) != after.get(name):
+            told = f"{str(before.get(name))[:12]} -> {str(after.get(name))[:12]}"
+            yield "source changed" if name == "listing" else f"{name} {told}"
 
 
 def _config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from components import artifacts
 from components.artifacts import Draft, Job, Manifest, WorkspaceError, join, remove
+from components.parts import files_digest
 from pipelines.cluster import fits, stage_environment
 from pipelines.dag import Planned
 from pipelines.failures import Failure, diagnose
@@ -145,6 +146,8 @@ class Execution:
             workspace=context.workspace,
             output=attempt.draft.uri,
             scratch=scratch,
+            code=planned.stage.version,
+            fresh=planned.reason == "forced",
             tracking=asdict(context.recorder.started(planned)),
             progress=Progress(self.board, name),
         )
@@ -212,6 +215,7 @@ class Execution:
             counts=outcome.figures,
             code=stage.version,
             fingerprint=dict(stage.fingerprint),
+            files=files_digest(join(attempt.draft.uri, "table")),
             mlflow_run_id=self.context.recorder.started(planned).run_id or None,
             seconds=round(attempt.seconds, 3),
         )

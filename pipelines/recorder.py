@@ -1,7 +1,7 @@
 """What a pipeline run leaves in MLflow: a parent run, a child per stage, reused ones included."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -41,6 +41,32 @@ class StageRecord:
     mlflow_run_id: str = ""
 
 
+NEWS: Mapping[str, tuple[str, tuple[str, ...]]] = {  # name -> the stage that knows, its figures: the first it has
+    "added": ("ingest", ("added", "images")),
+    "changed": ("ingest", ("changed",)),
+    "removed": ("ingest", ("removed",)),
+    "encoded": ("tokenize", ("encoded", "images")),
+    "scored": ("score", ("scored", "images")),
+}
+
+
+def news_of(stages: Iterable[StageRecord]) -> dict[str, int]:
+    """How many images there are, and how many were added, changed, removed, encoded and scored in this run.
+
+    A reused stage did none of that. Stages that don't tell new images from old ones took all of them for new.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    news = {}
+    if "ingest" in by_name and "images" in by_name["ingest"].figures:
+        news["images"] = int(by_name["ingest"].figures["images"])
+    for name, (stage, figures) in NEWS.items():
+        found = by_name.get(stage)
+        told = [found.figures[figure] for figure in figures if found is not None and figure in found.figures]
+        if found is not None and told:
+            news[name] = int(told[0]) if found.state == "done" else 0
+    return news
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What became of a run."""
@@ -63,6 +89,11 @@ class RunRecord:
             return 128 + self.signal
         return 0 if self.state == "done" else 1
 
+    @property
+    def news(self) -> dict[str, int]:
+        """What of the images was new; see :func:`news_of`."""
+        return news_of(self.stages)
+
     def __getitem__(self, name: str) -> StageRecord:
         """The record of one stage; raises KeyError."""
         return {stage.name: stage for stage in self.stages}[name]
@@ -80,9 +111,10 @@ class Recorder:
         )
         self.children: dict[str, Tracker] = {}
 
-    def describe(self, config: Mapping[str, Any], data: DataSet | None) -> None:
-        """The run's config as params and as a file, and the data it reads."""
+    def describe(self, config: Mapping[str, Any], data: DataSet | None, facts: Mapping[str, str]) -> None:
+        """The run's config as params and as a file, the data it reads, and what was found out while planning."""
         self.parent.params(config)
+        self.parent.tags({f"alit.{name}": fact for name, fact in facts.items()})
         self.parent.text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
         if data is not None:
             self.parent.data_set(data)
@@ -122,6 +154,10 @@ class Recorder:
             child.close(status)
         self.children.clear()
         self.parent.metrics({f"seconds.{stage.name}": stage.seconds for stage in stages if stage.state == "done"})
+        self.parent.metrics({f"news/{name}": number for name, number in news_of(stages).items()})
+        for stage in stages:
+            self.parent.metrics({name: psi for name, psi in stage.figures.items() if name.startswith("psi.")})
+            self.parent.tags({"alit.drift": stage.figures["drift"]} if "drift" in stage.figures else {})
         states = {f"alit.state.{stage.name}": stage.state for stage in stages}
         errors = {f"alit.error.{stage.name}": stage.error for stage in stages if stage.error}
         self.parent.tags({"alit.state": status.lower(), **states, **errors})

@@ -14,7 +14,7 @@ from components import tracking
 from components.artifacts import DRAFTS, join, remove
 from components.config import MlflowSettings, RaySettings
 from components.tracking import DataSet, Status, Store
-from pipelines.cluster import check_demand, cluster
+from pipelines.cluster import check_demand, cluster, grown
 from pipelines.config import ConfigError
 from pipelines.dag import Pipeline, Planned, plan
 from pipelines.execution import Context, Execution
@@ -77,7 +77,8 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
                 retries=options.retries,
                 backoff_s=options.backoff_s,
             )
-            _work(context, options, have)
+            recorder.describe(options.config, options.data_set, pipeline.facts)
+            _work(context, have)
             return _finish(context, wanted.name, store, started)
 
 
@@ -120,7 +121,7 @@ def _ray_for(
         import ray
 
         stop.listen()
-        have = ray.cluster_resources()
+        have = grown(ray.cluster_resources(), options.ray.grows_to)
         check_demand(to_run, have)
         yield have, len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
 
@@ -136,9 +137,8 @@ def _recorder(store: Store, pipeline: Pipeline, run_id: str, planned: list[Plann
         raise
 
 
-def _work(context: Context, options: RunOptions, have: Mapping[str, float]) -> None:
+def _work(context: Context, have: Mapping[str, float]) -> None:
     """Record what stands and run what doesn't."""
-    context.recorder.describe(options.config, options.data_set)
     for one in context.planned.values():
         if one.state == "stands" and one.manifest is not None:
             made, child = one.manifest, context.recorder.reused(one)

@@ -1,10 +1,10 @@
 """What a person reads at the terminal when a run has ended, and when they ask how things stand."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from components.artifacts import Figures, folder_bytes, join, read_manifest
+from components.artifacts import folder_bytes, join, read_manifest
 from pipelines.dag import Pipeline, newest_manifest
 from pipelines.recorder import RunRecord, StageRecord
 
@@ -30,7 +30,7 @@ def clock(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"
 
 
-def figures_line(figures: Figures, names: Sequence[str]) -> str:
+def figures_line(figures: Mapping[str, float | int | str], names: Sequence[str]) -> str:
     """The figures called ``names``, those that are there."""
     return "  ".join(f"{name} {number(figures[name])}" for name in names if name in figures)
 
@@ -42,6 +42,11 @@ def lines_of(record: RunRecord) -> Iterator[str]:
     for stage in record.stages:
         if stage.state == "failed":
             yield f"\n{stage.name} failed: {stage.error}\n  log: {_from_here(stage.log)}"
+    if news := record.news:
+        yield f"\nimages  {news.pop('images', 0)}, of which in this run: {figures_line(news, list(news))}"
+    for stage in record.stages:
+        if "drift" in stage.figures and stage.figures["drift"] != "none":
+            yield f"drift:  {stage.figures['drift']}"
     yield f"\n{record.pipeline} {record.state} in {clock(record.seconds)}"
     yield f"artifacts   {_from_here(record.workspace)}"
     yield f"MLflow run  {record.mlflow_run_id} in {_from_here(record.mlflow_uri)}"

@@ -6,14 +6,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import read_json, write_json
+from components.artifacts import join, read_bytes, read_json, write_json
 from components.judges.classes import Classes, read_classes
 from components.judges.judge import Judge, JudgeInput
 from components.plugins import load_class, source_digest
 from components.task_config import JUDGE_KINDS, Answer, JudgeOptions, JudgeStageConfig
 
 FILE = "judge.json"
-NOT_WEIGHTS = ("judge.json", "artifact.json", "gallery.safetensors", "gallery.json")
+GALLERY = ("gallery.safetensors", "gallery.json")
+NOT_WEIGHTS = ("judge.json", "artifact.json", *GALLERY)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,17 @@ class JudgeRecord:
         """The same for judges that give the same answers, so that one can answer for several tasks."""
         facts = (self.spec, self.digest, self.input, sorted(self.answers), sorted(self.options["arguments"].items()))
         return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def value_digest(folder: str) -> str:
+    """The same for judge artifacts that give an image the same values: all but what the judge scored in its trial."""
+    digest = hashlib.sha256(repr(replace(JudgeRecord.read(folder), scored={})).encode())
+    for name in GALLERY:
+        try:
+            digest.update(hashlib.sha256(read_bytes(join(folder, name))).digest())
+        except FileNotFoundError:  # a gallery is kept for retrieval alone
+            continue
+    return digest.hexdigest()
 
 
 def _tuples(value: Any) -> Any:

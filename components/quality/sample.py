@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 
 from components.artifacts import CodeBook, ImageSet, filesystem
 from components.config import QualityConfig
-from components.mapping import part_names
+from components.parts import part_names
 
 
 @dataclass

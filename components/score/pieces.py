@@ -1,24 +1,25 @@
-"""What a score table is made of, column by column, and which columns an earlier table has already.
+"""What a score table is made of, column by column, and which columns earlier tables have already.
 
-A column's *piece key* is a hash of all that decides its values: images, codes, tokenizer, metric, judge, code.
+A column's *piece key* is a hash of all that decides an image's value: tokenizer, metric, judge, code. Which images a
+table has is not in it: their files' names say that.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from pyarrow import fs
-
-from components.artifacts import Judge, filesystem, join, read_json, read_manifest
+from components.artifacts import Job, Judge, finished, join, read_json
+from components.judges.record import value_digest
+from components.parts import Earlier
 from components.plugins import source_digest
 from components.scores import METRICS
 from components.task_config import TASK_KINDS, ScoreStageConfig
 from model.selection import LARGER_IS_BETTER
 from model.weights import perceptual_weights
 
-VERSION = "1"  # raise it when a metric of this software gives other values
+VERSION = "2"  # raise it when a metric of this software gives other values
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,18 @@ class Column:
     task: str | None = None
 
 
-def wanted_columns(config: ScoreStageConfig, inputs: Mapping[str, str], judges: Mapping[str, Judge]) -> list[Column]:
-    """The columns that ``config`` asks for; ``inputs``: keys of images, codes, tokenizer, ``judges`` by task."""
+def wanted_columns(config: ScoreStageConfig, makers: Mapping[str, str], judges: Mapping[str, Judge]) -> list[Column]:
+    """The columns that ``config`` asks for; ``makers``: what decides codes and their images; ``judges`` by task."""
     columns = []
     for metric in config.metrics:
         facts = {"metric": metric, "weights": _perceptual(config) if metric == "perceptual" else None}
-        columns.append(Column(metric, metric, _piece(inputs, facts)))
+        columns.append(Column(metric, metric, _piece(makers, facts)))
     for task in config.tasks:
         own = source_digest(task.kind) if task.kind not in TASK_KINDS else ""
-        judge = judges[task.name].key if task.name in judges else ""
+        judge = value_digest(judges[task.name].uri) if task.name in judges else ""
         for metric in task.metrics:
             facts = {"metric": metric, "kind": task.kind, "code": own, "judge": judge}
-            columns.append(Column(f"{task.name}.{metric}", metric, _piece(inputs, facts), task.name))
+            columns.append(Column(f"{task.name}.{metric}", metric, _piece(makers, facts), task.name))
     return columns
 
 
@@ -52,28 +53,21 @@ def _perceptual(config: ScoreStageConfig) -> dict[str, Any]:
     return {**asdict(config.perceptual), "weights": digest}
 
 
-def _piece(inputs: Mapping[str, str], facts: Mapping[str, Any]) -> str:
-    canonical = json.dumps({"version": VERSION, **inputs, **facts}, sort_keys=True)
+def _piece(makers: Mapping[str, str], facts: Mapping[str, Any]) -> str:
+    canonical = json.dumps({"version": VERSION, **makers, **facts}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
-def find_earlier(workspace: str, columns: Sequence[Column]) -> dict[str, dict[str, str]]:
-    """Table of an earlier ScoreTable in ``workspace`` -> its columns with the pieces of ours -> our names for them."""
-    found: dict[str, dict[str, str]] = {}
-    missing = {column.piece: column.name for column in columns}
-    for uri in _finished(workspace) if workspace else ():
-        for name, about in _read_metrics(uri).items():
-            if about["piece"] in missing:
-                found.setdefault(join(uri, "table"), {})[name] = missing.pop(about["piece"])
-    return found
-
-
-def _finished(workspace: str) -> list[str]:
-    """The score tables that stand, by name."""
-    store, path = filesystem(join(workspace, "score"))
-    names = sorted(info.base_name for info in store.get_file_info(fs.FileSelector(path, allow_not_found=True)))
-    uris = [join(workspace, "score", name) for name in names]
-    return [uri for uri in uris if read_manifest(uri) is not None]
+def earlier_tables(job: Job, columns: Sequence[Column]) -> Iterator[Earlier]:
+    """The finished score tables that have some of ``columns``, the newest first; none for a forced stage."""
+    ours = {column.piece: column.name for column in columns}
+    for uri, _ in () if job.fresh else finished(job.workspace, job.stage):
+        told = sorted(_read_metrics(uri).items(), key=lambda item: item[1].get("place", 0))
+        theirs = {name: about["piece"] for name, about in told}
+        same = [*theirs.items()] == [(column.name, column.piece) for column in columns]
+        shared = {name: ours[piece] for name, piece in theirs.items() if piece in ours}
+        if shared:
+            yield Earlier(join(uri, "table"), shared, same)
 
 
 def _read_metrics(uri: str) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The stage: which columns are new, measured by actors one file at a time; which stand in earlier tables, copied."""
+"""The stage: what no earlier table has is measured by actors, one file at a time; the rest is linked or copied."""
 
 from functools import partial
 
@@ -17,10 +17,11 @@ from components.artifacts import (
     write_json,
 )
 from components.config import InferenceResources
-from components.mapping import Mapping, map_table, part_names
-from components.score.pieces import Column, direction, find_earlier, wanted_columns
+from components.mapping import Mapping, map_parts
+from components.parts import part_names, plan_parts
+from components.score.pieces import Column, direction, earlier_tables, wanted_columns
 from components.score.summary import summarise
-from components.score.worker import Plan, Scorer
+from components.score.worker import KEYS, Order, Scorer
 from components.scores import METRICS
 from components.task_config import TASK_KINDS, ScoreStageConfig
 from components.tasks.build import build_task
@@ -41,56 +42,48 @@ def score(
     """One float32 per budget and metric for every image, null where it lacks the target.
 
     ``judges``: of each task that has one, as ``judge_<task>``. Each budget is decoded once for all columns that no
-    earlier table of the workspace has. Figures are means over the held-out split and what was done: ``decoded_images``,
-    ``decoded_tasks`` (by name, with spaces between them), ``copied_columns``.
+    earlier table of the workspace has for an image. Figures are means over the held-out split and what was done:
+    ``scored`` (images that were measured), ``decoded_images`` (theirs, at every budget), ``decoded_tasks`` (by name,
+    with spaces between them), ``copied_columns`` (those that were measured for no image).
     """
     by_task = {name.removeprefix(JUDGE): judge for name, judge in judges.items()}
-    keys = {"images": images.key, "codes": codes.key, "tokenizer": tokenizer.key}
-    columns = wanted_columns(config, keys, by_task)
-    earlier = find_earlier(job.workspace, columns)
-    copied = {ours for names in earlier.values() for ours in names.values()}
-    plan = Plan(
-        config=config,
-        columns=tuple(columns),
-        new=frozenset(column.name for column in columns) - copied,
-        copied=tuple(earlier.values()),
-        tokenizer=tokenizer.uri,
-        judges={name: judge.uri for name, judge in by_task.items()},
-    )
-    mapping = Mapping(
-        sources=[images.table_uri, codes.table_uri, *earlier],
-        target=join(job.output, "table"),
-        build=partial(Scorer, plan),
-        resources=resources,
-        columns=_read_columns(plan, images),
-    )
-    totals = map_table(mapping, job.progress)
+    makers = {"tokenizer": tokenizer.key, "codes": codes.manifest.code, "precision": config.precision}
+    columns = wanted_columns(config, makers, by_task)
+    names = [column.name for column in columns]
+    plan = plan_parts(images.table_uri, names, earlier_tables(job, columns), keys=KEYS)
+    target = join(job.output, "table")
+
+    def mapping_of(new: frozenset[str]) -> Mapping:
+        wanted = tuple(name for name in names if name in new)
+        order = Order(config, wanted, tokenizer.uri, {name: judge.uri for name, judge in by_task.items()})
+        read = ["image", *(name for name in _targets(config, new) if name in _columns_of(images))]
+        return Mapping(
+            sources=[images.table_uri, codes.table_uri],
+            target=target,
+            build=partial(Scorer, order),
+            resources=resources,
+            columns=[[*KEYS, *read], ["image_id", "codes"]],
+        )
+
+    totals = map_parts(plan, mapping_of, target=target, progress=job.progress)
     budgets = [int(budget) for budget in read_json(join(codes.uri, "budgets.json"))]
     write_json(join(job.output, "budgets.json"), budgets)
     decoded = sorted({column.task or column.name for column in columns if column.name in plan.new})
     figures: Figures = {
         "images": int(totals["rows"]),
-        "decoded_images": int(totals["rows"]) * len(budgets) if plan.new else 0,
+        "scored": int(totals["made"]),
+        "decoded_images": int(totals["made"]) * len(budgets),
         "decoded_tasks": " ".join(decoded),
-        "copied_columns": len(copied),
+        "copied_columns": len(set(names) - plan.new),
     }
     return figures | _summary(job, config, columns, budgets)
 
 
-def _read_columns(plan: Plan, images: ImageSet) -> list[list[str] | None]:
-    """What is needed of each source: no pixels and codes when all is copied, no target that nobody asks for."""
-    wanted = ["image_id", "split"]
-    if plan.new:
-        wanted += ["image", *(name for name in _targets(plan) if name in _columns_of(images))]
-    earlier = [["image_id", *names] for names in plan.copied]
-    return [wanted, ["image_id", "codes"] if plan.new else ["image_id"], *earlier]
-
-
-def _targets(plan: Plan) -> list[str]:
+def _targets(config: ScoreStageConfig, new: frozenset[str]) -> list[str]:
     """Columns of the ImageSet that the tasks with new columns compare with."""
     found = set()
-    for task in plan.config.tasks:
-        if any(f"{task.name}.{metric}" in plan.new for metric in task.metrics):
+    for task in config.tasks:
+        if any(f"{task.name}.{metric}" in new for metric in task.metrics):
             target = TASK_KINDS[task.kind].target if task.kind in TASK_KINDS else build_task(task.kind, None).target
             found |= {target} if target else set()
     return sorted(found)
@@ -113,8 +106,9 @@ def _summary(job: Job, config: ScoreStageConfig, columns: list[Column], budgets:
             "direction": own[column.task][column.metric] if column.task in own else direction(column.metric),
             "missing": missing[column.name],
             "piece": column.piece,
+            "place": place,
         }
-        for column in columns
+        for place, column in enumerate(columns)
     }
     write_json(join(job.output, METRICS), about)
     write_json(join(job.output, "summary.json"), {"split": split, "rows": rows})

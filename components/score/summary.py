@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from components.artifacts import filesystem
-from components.mapping import part_names
+from components.parts import part_names
 from components.scores import values_of
 
 

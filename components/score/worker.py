@@ -3,7 +3,7 @@
 Legend: B images of a batch, K budgets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -16,12 +16,13 @@ from components.images import stack, to_float
 from components.judges.judge import ask
 from components.judges.record import JudgeRecord, open_judge
 from components.mapping import Totals, load_tokenizer
-from components.score.pieces import Column
 from components.targets import decode_targets
 from components.task_config import ScoredTask, ScoreStageConfig
 from components.tasks.build import build_task
 from components.tasks.pixels import build_pixel_metrics
 from components.tasks.task import Originals, Seen, Task
+
+KEYS = ("image_id", "split")  # of a score table, as the images have them
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,36 +31,27 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an actor does: ``new`` columns are measured, ``copied`` (old name -> new) taken from earlier tables."""
+class Order:
+    """What an actor measures."""
 
     config: ScoreStageConfig
-    columns: tuple[Column, ...]  # of the table, in its order
-    new: frozenset[str]
-    copied: tuple[dict[str, str], ...]  # one an earlier table
+    columns: tuple[str, ...]  # of the table, in its order
     tokenizer: str  # URI
     judges: dict[str, str]  # task -> URI of its Judge
 
 
 class Scorer:
-    """Called with the same rows of the images, the codes and each earlier table."""
+    """Called with the same rows of the images and the codes."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan = plan
-        self._measuring = _Measuring(plan) if plan.new else None
+    def __init__(self, order: Order) -> None:
+        self._measuring = Measuring(order)
 
-    def __call__(self, images: pa.Table, codes: pa.Table, *earlier: pa.Table) -> tuple[pa.Table, Totals]:
-        """The table's rows."""
-        for table in (codes, *earlier):
-            if images["image_id"] != table["image_id"]:
-                raise AssertionError("images, codes and earlier scores are not the same rows in the same order")
-        made: dict[str, pa.ChunkedArray | pa.Array] = {}
-        if self._measuring is not None:
-            made = {name: as_lists(values) for name, values in self._measuring(images, codes).items()}
-        for table, names in zip(earlier, self._plan.copied, strict=True):
-            made |= {ours: table[theirs] for theirs, ours in names.items()}
-        ordered = {column.name: made[column.name] for column in self._plan.columns}
-        return pa.table({name: images[name] for name in ("image_id", "split")} | ordered), {"rows": len(images)}
+    def __call__(self, images: pa.Table, codes: pa.Table) -> tuple[pa.Table, Totals]:
+        """image_id, split and the columns."""
+        if images["image_id"] != codes["image_id"]:
+            raise AssertionError("images and codes are not the same rows in the same order")
+        made = {name: as_lists(values) for name, values in self._measuring(images, codes).items()}
+        return pa.table({name: images[name] for name in KEYS} | made), {"rows": len(images)}
 
 
 def as_lists(values: np.ndarray) -> pa.Array:
@@ -70,24 +62,24 @@ def as_lists(values: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(missing))
 
 
-class _Measuring:
+class Measuring:
     """The models and tasks, loaded once."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._tokenizer = load_tokenizer(plan.tokenizer, plan.config.precision)
-        self._device = str(next(self._tokenizer.parameters()).device)
-        self._new = plan.new
-        pixels = tuple(metric for metric in plan.config.metrics if metric in plan.new)
-        self._pixels = build_pixel_metrics(pixels, plan.config.perceptual)
+    def __init__(self, order: Order) -> None:
+        self.tokenizer = load_tokenizer(order.tokenizer, order.config.precision)
+        self._device = str(next(self.tokenizer.parameters()).device)
+        self._new = order.columns
+        pixels = tuple(metric for metric in order.config.metrics if metric in order.columns)
+        self._pixels = build_pixel_metrics(pixels, order.config.perceptual)
         for metric in self._pixels.values():
             if hasattr(metric, "to"):
                 metric.to(self._device)
         self._tasks: dict[str, Task] = {}
         self._judge_of: dict[str, str] = {}  # task -> identity: one judge may serve several tasks
         self._judges: dict[str, Judge] = {}
-        for task in plan.config.tasks:
-            if any(f"{task.name}.{metric}" in plan.new for metric in task.metrics):
-                self._load(task, plan.judges.get(task.name))
+        for task in order.config.tasks:
+            if any(f"{task.name}.{metric}" in order.columns for metric in task.metrics):
+                self._load(task, order.judges.get(task.name))
 
     def _load(self, task: ScoredTask, judge: str | None) -> None:
         with ExitStack() as open_folders:
@@ -102,18 +94,22 @@ class _Measuring:
 
     def __call__(self, images: pa.Table, codes: pa.Table) -> dict[str, np.ndarray]:
         """Each new column as float32 [B, K]."""
+        return self.measure(images, self._decoded(codes))
+
+    def measure(self, images: pa.Table, restorations: "Iterable[Tensor]") -> dict[str, np.ndarray]:
+        """Each new column as float32 [B, K] of K ``restorations`` [B, 3, H, W] of the same images."""
         import torch
 
-        budgets = len(self._tokenizer.budgets)
-        values = {name: np.full((len(images), budgets), np.nan, dtype=np.float32) for name in self._new}
+        measured: dict[str, list[np.ndarray]] = {name: [] for name in self._new}
         with torch.inference_mode():
             parts = list(self._originals(images))
-            for k, restored in enumerate(self._decoded(codes)):
+            for restored in restorations:
+                for column in measured.values():
+                    column.append(np.full(len(images), np.nan, dtype=np.float32))
                 for rows, originals, answers in parts:
-                    measured = self._measured(originals, answers, restored[rows])
-                    for name, numbers in measured.items():
-                        values[name][rows, k] = numbers.float().cpu().numpy()
-        return values
+                    for name, numbers in self._measured(originals, answers, restored[rows]).items():
+                        measured[name][-1][rows] = numbers.float().cpu().numpy()
+        return {name: np.stack(columns, axis=1) for name, columns in measured.items()}
 
     def _originals(self, images: pa.Table) -> "Iterator[tuple[slice, Originals, dict[str, dict[str, Tensor]]]]":
         """Rows, what is known of them, and what each judge answers; on a CPU one image at a time."""
@@ -146,13 +142,13 @@ class _Measuring:
 
         lists = codes["codes"].combine_chunks()
         flat = lists.values.to_numpy().reshape(len(lists), -1)
-        config = self._tokenizer.config
+        config = self.tokenizer.config
         per_token = 1 if config.codebook_size else config.channels_per_latent
         start = 0
-        for budget in self._tokenizer.budgets:
+        for budget in self.tokenizer.budgets:
             part = flat[:, start : start + budget * per_token]
             tokens = part if config.codebook_size else part.reshape(len(part), budget, per_token)
-            yield self._tokenizer.decode(TokenBatch.from_numpy(list(tokens), config.codebook_size))
+            yield self.tokenizer.decode(TokenBatch.from_numpy(list(tokens), config.codebook_size))
             start += budget * per_token
 
     def _measured(

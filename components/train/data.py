@@ -18,7 +18,7 @@ from torch import Tensor
 
 from components.artifacts import ImageSet, filesystem
 from components.images import Share, stack
-from components.mapping import part_names
+from components.parts import part_names
 from components.targets import decode_targets
 
 if TYPE_CHECKING:

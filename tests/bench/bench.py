@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
-from tests.bench.bench_model import CHANNELS_LAST, CONVOLUTION, PHASES, PRODUCT, REST, TYPES, Row, ceilings
+from tests.bench.bench_model import PHASES, REST, Row
 from tests.bench.bench_model import in_own_process as measured
+from tests.bench.machine import CHANNELS_LAST, CONVOLUTION, PRODUCT, TYPES, ceilings
 from tests.bench.precision_error import error_table
 
 AUTHORS_PRODUCT = 210e9  # operations a second in float32, where their code was timed

@@ -27,8 +27,8 @@ from components.ingest import (
     choose_split,
     decode_block,
     ingest,
-    read_listing,
-    write_listing,
+    read_block,
+    write_blocks,
 )
 from components.sources import ALLOWED, SourceObject, Targets, open_source
 from components.sources.demo import MIN_SIDE, PHOTOGRAPHS
@@ -217,9 +217,9 @@ def objects(count: int):
 @given(count=st.integers(1, 400), per_block=st.integers(1, 9))
 def test_listing_round_trip(tmp_path_factory, count, per_block):
     uri = str(tmp_path_factory.mktemp("listing"))
-    num_files, num_blocks = write_listing(objects(count), uri, files_per_block=per_block)
+    num_files, num_blocks = write_blocks(objects(count), uri, files_per_block=per_block)
     assert (num_files, num_blocks) == (count, -(-count // per_block))
-    blocks = [read_listing(uri, block) for block in range(num_blocks)]
+    blocks = [read_block(uri, block) for block in range(num_blocks)]
     assert [item for block in blocks for item in block] == list(objects(count))
     assert {len(block) for block in blocks[:-1]} <= {per_block}
     assert len(list(Path(uri).iterdir())) == -(-num_blocks // BLOCKS_PER_LISTING)
@@ -229,7 +229,7 @@ def test_listing_streams(tmp_path):
     def peak(count: int) -> int:
         gc.collect()
         tracemalloc.start()
-        write_listing(objects(count), str(tmp_path / str(count)), files_per_block=64)
+        write_blocks(objects(count), str(tmp_path / str(count)), files_per_block=64)
         size = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return size
@@ -266,11 +266,11 @@ def test_decoding_a_block_holds_one_image_at_a_time(tmp_path):
     code = (
         "import resource, sys\n"
         "from components.config import DataConfig, IngestStageConfig\n"
-        "from components.ingest import Work, decode_block, write_listing\n"
+        "from components.ingest import Work, decode_block, write_blocks\n"
         "from components.sources import open_source\n"
         "config = IngestStageConfig(data=DataConfig(source=sys.argv[1], image_size=64))\n"
         "work = Work(open_source(config.data), config, sys.argv[2])\n"
-        "write_listing(work.source.list(), sys.argv[2] + '/listing', files_per_block=64)\n"
+        "write_blocks(work.source.list(), sys.argv[2] + '/blocks', files_per_block=64)\n"
         "print(decode_block(0, work).images, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     )
     peaks = {}
@@ -287,7 +287,7 @@ def test_decoding_a_block_again_writes_the_same_files(tmp_path):
     (tmp_path / "in/bad.png").write_bytes(b"")
     config = config_of(tmp_path / "in")
     work = Work(open_source(config.data), config, str(tmp_path / "out"))
-    write_listing(work.source.list(), f"{tmp_path}/out/listing", files_per_block=3)
+    write_blocks(work.source.list(), f"{tmp_path}/out/blocks", files_per_block=3)
     tallies = [decode_block(block, work) for block in (0, 1)]
     first = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")}
     assert [decode_block(block, work) for block in (1, 0)] == tallies[::-1]
@@ -300,7 +300,7 @@ def test_files_that_cannot_be_read_are_rejected(tmp_path):
     (tmp_path / "in" / os.fsdecode(b"caf\xe9.png")).write_bytes(saved(picture(), "PNG"))
     config = config_of(tmp_path / "in", limits=IngestConfig(max_bytes=100_000))
     work = Work(open_source(config.data), config, str(tmp_path / "out"))
-    write_listing(work.source.list(), f"{tmp_path}/out/listing", files_per_block=9)
+    write_blocks(work.source.list(), f"{tmp_path}/out/blocks", files_per_block=9)
     (tmp_path / "in/gone.png").unlink()
     tally = decode_block(0, work)
     assert (tally.images, tally.rejected) == (1, 3)
@@ -314,7 +314,7 @@ def test_a_failing_disk_is_not_a_bad_image(tmp_path, monkeypatch):
     put(tmp_path / "in", "1.png")
     config = config_of(tmp_path / "in")
     work = Work(open_source(config.data), config, str(tmp_path / "out"))
-    write_listing(work.source.list(), f"{tmp_path}/out/listing", files_per_block=9)
+    write_blocks(work.source.list(), f"{tmp_path}/out/blocks", files_per_block=9)
 
     def fail(_: Path) -> bytes:
         raise OSError(5, "Input/output error")

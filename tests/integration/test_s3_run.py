@@ -77,6 +77,11 @@ def test_source_and_workspace_in_buckets(tmp_path: Path, monkeypatch: pytest.Mon
         assert decoded.code == 0, decoded.err
         assert len(list((tmp_path / "back").glob("*.png"))) == 60
 
+        client.put_object(Bucket="photos", Key="in/more.jpg", Body=(tmp_path / "photos/007.jpg").read_bytes())
+        client.delete_object(Bucket="photos", Key="in/003.jpg")
+        more = alit("run", *arguments, "--until", "tokenize")
+        assert "images 60  rejected 1  added 1  changed 0  removed 1" in more.out, more.out + more.err
+
         gone_on = alit("run", *arguments, *settings(f"training.from=s3://work/{model}"), "--until", "distill")
         assert gone_on.code == 0, gone_on.out + gone_on.err
     assert not [folder for folder in tmp_path.iterdir() if folder.name.startswith(("s3", "work"))]

@@ -6,13 +6,15 @@ import pytest
 import yaml
 
 from pipelines.cli import main
-from pipelines.config import READY, ConfigError, load_config
+from pipelines.config import READY, ConfigError, RunConfig, load_config
 from pipelines.train import build
 
 MISTAKES = {
     "foo=1": ("foo = 1", "no such key"),
     "training.distill.typo=1": ("training.distill.typo = 1", "no such key"),
     "training.workers=two": ("training.workers = 'two'", "integer"),
+    "inference.precision=fp8": ("inference.precision = 'fp8'", "'bf16'"),
+    "training.recompute=some": ("training.recompute = 'some'", "'light'"),
     "training.workers=0": ("training.workers = 0", "greater than 0"),
     "data.image_size=66": ("data.image_size = (66, 66)", "8 px"),
     "tokenizer.budgets=[8, 8]": ("budgets = [8, 8]", "increasing"),
@@ -76,8 +78,9 @@ def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(READY.glob("*.yaml")), ids=lambda file: file.stem)
 def test_ready_configs_are_valid(file: Path) -> None:
     overrides = [] if yaml.safe_load(file.read_text())["data"]["source"] == "demo" else ["data.source=demo"]
-    pipeline = build(load_config(str(file), overrides))
-    assert [stage.name for stage in pipeline.order()][-1] == "publish"
+    config = load_config(str(file), overrides)
+    if isinstance(config, RunConfig):  # a rerun is built from a registry, see test_rerun.py
+        assert [stage.name for stage in build(config).order()][-2:] == ["publish", "promote"]
 
 
 def test_what_changes_no_result_changes_no_key() -> None:
@@ -90,7 +93,7 @@ def test_a_threshold_changes_only_what_follows_from_it() -> None:
     before = build(load_config("demo")).keys()
     after = build(load_config("demo", ["tasks.0.rule.max=0.05"])).keys()
     changed = {name for name in before if before[name] != after[name]}
-    assert changed == {"select.reconstruction", "pack.reconstruction", "matrix", "publish"}
+    assert changed == {"select.reconstruction", "pack.reconstruction", "matrix", "publish", "promote"}
 
 
 def test_graph_is_mermaid(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,3 +128,13 @@ def test_files_in_a_task_are_found_from_where_the_command_was_given(tmp_path: Pa
     (tmp_path / "model.onnx").write_bytes(b"")
     task = "tasks.0={name: depth, judge: 'onnx:model.onnx', rule: {kind: best, metric: rmse}}"
     assert load_config("demo", [task]).tasks[0].judge == f"onnx:{tmp_path}/model.onnx"
+
+
+def test_precision_is_in_the_keys_of_codes_and_scores_and_actors_are_not():
+    exact, rounded, wider = (
+        build(load_config("demo", [setting])).keys()
+        for setting in ("inference.precision=fp32", "inference.precision=bf16", "inference.actors=2")
+    )
+    changed = {name for name, key in exact.items() if rounded[name] != key}
+    assert {"tokenize", "score"} <= changed and not changed & {"ingest", "base", "distill"}
+    assert wider == exact

@@ -1,0 +1,105 @@
+"""The driver of a rerun is killed at a random moment, over and over: the next run ends as an unbroken one does.
+
+ALIT_SEEDS says how many moments, 4 by default; ALIT_FIRST_SEED which is the first. One Ray serves all runs.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.faults.nodes import cluster
+from tests.integration.conftest import ROOT
+from tests.nightly import TABLES, change, figures, leftovers, photographs, rows, run_nightly
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+
+FIRST, SEEDS = (int(os.environ.get(name, default)) for name, default in (("ALIT_FIRST_SEED", 0), ("ALIT_SEEDS", 4)))
+IMAGES = 40
+
+
+@dataclass(frozen=True)
+class Nights:
+    """A source after its changes, the workspace of the night before, and the tables of an unbroken second night."""
+
+    source: Path
+    before: Path
+    tables: dict
+    seconds: float
+    address: str
+    variables: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nights]:
+    import ray
+
+    folder = tmp_path_factory.mktemp("nights")
+    source, before = folder / "photos", folder / "before"
+    photographs(source, range(IMAGES))
+    (source / "00005x.png").write_bytes(b"no image")
+    with cluster(1) as nodes, pytest.MonkeyPatch.context() as patch:
+        for name in ("HOME", "RAY_AUTH_MODE"):
+            patch.setenv(name, nodes.variables[name])
+        patch.delenv("RAY_ADDRESS", raising=False)
+        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
+        try:
+            figures(run_nightly(source, before))
+            change(source, new=6, deleted=(0, 7, 30))
+            began = time.monotonic()
+            whole = run_nightly(source, copy_of(before, folder / "unbroken"))
+            seconds = time.monotonic() - began
+            assert figures(whole)["tokenize"]["encoded"] == 9
+            yield Nights(
+                source,
+                before,
+                {stage: rows(whole, stage) for stage in TABLES},
+                seconds,
+                nodes.address,
+                nodes.variables,
+            )
+        finally:
+            ray.shutdown()
+
+
+def copy_of(workspace: Path, target: Path) -> Path:
+    """By hard links: no finished file is ever written to again."""
+    subprocess.run(["cp", "-al", str(workspace), str(target)], check=True)
+    return target
+
+
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + SEEDS))
+def test_killed_at_any_moment(nights: Nights, tmp_path: Path, seed: int) -> None:
+    space = copy_of(nights.before, nights.before.parent / f"seed{seed}")
+    killed = kill_after(random.Random(seed).uniform(0, nights.seconds), nights, space, tmp_path / "log")
+    record = run_nightly(nights.source, space)
+    told = figures(record)
+    for stage in TABLES:
+        assert rows(record, stage).equals(nights.tables[stage]), (killed, stage)
+    assert told["ingest"]["added"] == 6 and told["tokenize"]["encoded"] == told["score"]["scored"] == 9, killed
+    assert not list(leftovers(space)) and not (space / ".lock").exists(), killed
+
+
+def kill_after(seconds: float, nights: Nights, space: Path, log: Path) -> str:
+    """Run, and kill the run's whole process group so long after its plan is made; returns what it had said."""
+    command = [sys.executable, "-m", "tests.nightly", str(nights.source), str(space), nights.address]
+    with log.open("wb") as sink:
+        run = subprocess.Popen(
+            command, stdout=sink, stderr=sink, cwd=ROOT, env=nights.variables, start_new_session=True
+        )
+    while " stages to run" not in log.read_text():
+        assert run.poll() is None, log.read_text()
+        time.sleep(0.02)
+    try:
+        run.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)
+        run.wait()
+    return f"killed after {seconds:.1f} s: {log.read_text()}"
