@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench-model bench-select bench-train bench-pipeline
+.PHONY: demo test lint bench bench-model bench-select bench-train bench-pipeline
 
 demo: .venv/installed
 	$(BIN)/alit run pipelines/configs/demo.yaml
@@ -14,6 +14,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/python -m tests.bench.bench
 
 bench-model: .venv/installed
 	$(BIN)/python -m tests.bench.bench_model

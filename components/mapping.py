@@ -20,6 +20,7 @@ from components.parts import THREADS, Part, Plan, completed, count_rows, link_fi
 
 if TYPE_CHECKING:
     from model import AlitTokenizer
+    from model.inference import Precision
 
 Totals = dict[str, float]
 
@@ -77,14 +78,15 @@ class _FileMapper:
             yield tuple(pa.Table.from_batches([batch]) for batch in batches)
 
 
-def load_tokenizer(uri: str) -> "AlitTokenizer":
+def load_tokenizer(uri: str, precision: "Precision" = "fp32") -> "AlitTokenizer":
     """The tokenizer of a Tokenizer artifact, on the GPU that Ray gave this actor, if it did."""
     import torch
 
     from model import AlitTokenizer
 
     with local_folder(uri) as folder:
-        return AlitTokenizer.load(folder, device="cuda" if torch.cuda.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return AlitTokenizer.load(folder, device=device, precision=precision)
 
 
 def map_table(mapping: Mapping, progress: Callable[[str], None]) -> Totals:

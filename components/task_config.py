@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from components.config import Fraction, OptimizerConfig, RuleConfig, Settings, TrainConfig
+from components.config import Fraction, OptimizerConfig, PrecisionConfig, RuleConfig, Settings, TrainConfig
 from model.recipes import PerceptualConfig
 
 Answer = Literal["classes", "depth", "segments", "features"]  # what a judge says of an image
@@ -119,8 +119,8 @@ class ScoredTask(Settings):
     metrics: tuple[str, ...]
 
 
-class ScoreStageConfig(Settings):
-    """What is measured at each budget."""
+class ScoreStageConfig(PrecisionConfig):
+    """What is measured at each budget, on images decoded at which precision."""
 
     metrics: tuple[str, ...]  # of pixels
     perceptual: PerceptualConfig = PerceptualConfig()

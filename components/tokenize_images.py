@@ -21,14 +21,14 @@ from components.artifacts import (
     read_json,
     write_json,
 )
-from components.config import InferenceResources, NoConfig
+from components.config import InferenceResources, PrecisionConfig
 from components.images import stack, to_float
 from components.mapping import Mapping, Totals, load_tokenizer, map_parts
 from components.parts import Earlier, plan_parts
 
 
 def tokenize(
-    job: Job, *, config: NoConfig, resources: InferenceResources, images: ImageSet, tokenizer: Tokenizer
+    job: Job, *, config: PrecisionConfig, resources: InferenceResources, images: ImageSet, tokenizer: Tokenizer
 ) -> Figures:
     """Codes at all budgets, flat, the smallest budget first; a continuous tokenizer's latents as float16.
 
@@ -39,11 +39,11 @@ def tokenize(
     mapping = Mapping(
         sources=[images.table_uri],
         target=target,
-        build=partial(_Encoder, tokenizer.uri),
+        build=partial(_Encoder, tokenizer.uri, config),
         resources=resources,
         columns=[["image_id", "image"]],
     )
-    plan = plan_parts(images.table_uri, ["codes"], _earlier(job, tokenizer))
+    plan = plan_parts(images.table_uri, ["codes"], _earlier(job, config, tokenizer))
     totals = map_parts(plan, lambda _: mapping, target=target, progress=job.progress)
     budgets = read_json(join(tokenizer.uri, "config.json"))["config"]["budgets"]
     write_json(join(job.output, "budgets.json"), budgets)
@@ -51,18 +51,19 @@ def tokenize(
     return {"images": int(totals["rows"]), "tokens": int(totals["rows"]) * len(first), "encoded": int(totals["made"])}
 
 
-def _earlier(job: Job, tokenizer: Tokenizer) -> Iterator[Earlier]:
-    """The codes that ``tokenizer`` made before, whichever stage it came from."""
+def _earlier(job: Job, config: PrecisionConfig, tokenizer: Tokenizer) -> Iterator[Earlier]:
+    """The codes that ``tokenizer`` made before at this precision, whichever stage it came from."""
     for uri, manifest in () if job.fresh else finished(job.workspace, job.stage):
-        if (manifest.code, manifest.inputs.get("tokenizer")) == (job.code, tokenizer.key):
+        made = (manifest.code, manifest.config, manifest.inputs.get("tokenizer"))
+        if made == (job.code, config.model_dump(mode="json"), tokenizer.key):
             yield Earlier(join(uri, "table"), {"codes": "codes"}, same=True)
 
 
 class _Encoder:
     """Runs the encoder over batches of PNGs."""
 
-    def __init__(self, tokenizer_uri: str) -> None:
-        self._tokenizer = load_tokenizer(tokenizer_uri)
+    def __init__(self, tokenizer_uri: str, config: PrecisionConfig) -> None:
+        self._tokenizer = load_tokenizer(tokenizer_uri, config.precision)
         self._device = next(self._tokenizer.parameters()).device
 
     def __call__(self, table: pa.Table) -> tuple[pa.Table, Totals]:

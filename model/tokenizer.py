@@ -19,6 +19,7 @@ from model.blocks import initialise
 from model.config import AlitConfig
 from model.distill import GridDecoder, LatentEncoder
 from model.files import SkipRandomWeights, load_folder, save_folder
+from model.inference import Precision, prepare_for_inference
 from model.local_start import start_locally
 from model.metrics import METRICS
 from model.predicted import PredictedThreshold
@@ -38,6 +39,7 @@ class AlitTokenizer(nn.Module):
         """Fresh weights; ``filled`` False leaves what is in memory, see :meth:`unfilled`."""
         super().__init__()
         self.config = config
+        self.precision: Precision = "fp32"
         self.base = build_base(config.base)
         self.encoder = LatentEncoder(config)
         self.decoder = GridDecoder(config, self.base.output_dim)
@@ -205,23 +207,39 @@ class AlitTokenizer(nn.Module):
     def resized(self, image_size: tuple[int, int]) -> "AlitTokenizer":
         """A copy for images of another (height, width) in px, its grid positions interpolated (bicubic).
 
-        Raises ValueError when the size is no multiple of the base's patch.
+        Raises ValueError when the size is no multiple of the base's patch, or the precision is not fp32.
         """
+        self._check_exact("resized")
         config = replace(self.config, image_size=image_size)
         state = {name: tensor.clone() for name, tensor in self.state_dict().items()}
         for name in ("encoder.positions", "decoder.positions"):
             state[name] = resize_positions(state[name], self.config.grid, config.grid)
         return self.with_weights(config, state).train(self.training)
 
+    def _check_exact(self, what: str) -> None:
+        if self.precision != "fp32":
+            raise ValueError(f"{what}: precision = {self.precision!r} has rounded the weights, fp32 is needed")
+
     def save(self, folder: str | Path) -> None:
-        """Write ``weights.safetensors`` and ``config.json`` (with the format's version) into ``folder``."""
+        """Write ``weights.safetensors`` and ``config.json`` (with the format's version) into ``folder``.
+
+        Raises ValueError when it was loaded at another precision than fp32, which has rounded its weights.
+        """
+        self._check_exact("save")
         save_folder(folder, self.state_dict(), kind=FORMAT, version=FORMAT_VERSION, config=self.config.to_dict())
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> "AlitTokenizer":
-        """The tokenizer saved in ``folder``, in eval mode; raises ValueError for another or a newer format."""
+    def load(
+        cls, folder: str | Path, device: str | torch.device = "cpu", *, precision: Precision = "fp32"
+    ) -> "AlitTokenizer":
+        """The tokenizer saved in ``folder``, in eval mode; raises ValueError for another or a newer format.
+
+        ``precision`` "bf16" is faster where the hardware has it, and changes some codes (``model/inference.py``).
+        """
         config, weights = load_folder(folder, kind=FORMAT, version=FORMAT_VERSION)
-        return cls.with_weights(AlitConfig.from_dict(config), weights).to(device).eval()
+        tokenizer = cls.with_weights(AlitConfig.from_dict(config), weights).eval()
+        prepare_for_inference(tokenizer, precision)
+        return tokenizer.to(device)
 
     @classmethod
     def with_weights(cls, config: AlitConfig, weights: Mapping[str, Tensor]) -> "AlitTokenizer":

@@ -21,6 +21,7 @@ from components.config import (
     MlflowSettings,
     OptimizerConfig,
     PackConfig,
+    PrecisionConfig,
     PromoteConfig,
     PublishConfig,
     QualityConfig,
@@ -59,6 +60,18 @@ def user_errors() -> Iterator[None]:
 
 class IngestSection(IngestConfig, IngestResources):
     """Limits and resources of ingest."""
+
+
+class InferenceSection(InferenceResources, PrecisionConfig):
+    """How images are tokenized and their tokens decoded for scores."""
+
+    def resources(self) -> InferenceResources:
+        """The part that must not change results."""
+        return InferenceResources(**{name: getattr(self, name) for name in InferenceResources.model_fields})
+
+    def config(self) -> PrecisionConfig:
+        """The part that does."""
+        return PrecisionConfig(precision=self.precision)
 
 
 class TrainSection(TrainConfig):
@@ -143,7 +156,7 @@ class PipelineConfig(Settings):
     workspace: str
     data: DataConfig
     ingest: IngestSection = IngestSection()
-    inference: InferenceResources = InferenceResources()
+    inference: InferenceSection = InferenceSection()
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     pack: PackConfig = PackConfig()
     quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults

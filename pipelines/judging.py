@@ -45,7 +45,7 @@ def _judge(config: RunConfig, task: TaskConfig) -> Stage:
         config=JudgeStageConfig(
             spec=task.judge, kind=task.kind, options=task.judge_options, image_size=config.data.image_size
         ),
-        resources=config.training.resources() if trained else config.inference,
+        resources=config.training.resources() if trained else config.inference.resources(),
         needs={"images": "ingest"},
         fingerprint=_origin(task),
         demand=training_demand(config) if trained else inference_demand(config, actors=1),
@@ -101,8 +101,9 @@ def _score(config: PipelineConfig, tokenizer: TokenizerStage) -> Stage:
             metrics=metrics,
             perceptual=distances[0] if distances else PerceptualConfig(),
             tasks=tuple(ScoredTask(name=task.name, kind=task.kind, metrics=task.metrics) for task in judged),
+            precision=config.inference.precision,
         ),
-        resources=config.inference,
+        resources=config.inference.resources(),
         needs={
             "images": "ingest",
             "codes": "tokenize",

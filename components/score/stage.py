@@ -47,7 +47,8 @@ def score(
     with spaces between them), ``copied_columns`` (those that were measured for no image).
     """
     by_task = {name.removeprefix(JUDGE): judge for name, judge in judges.items()}
-    columns = wanted_columns(config, {"tokenizer": tokenizer.key, "codes": codes.manifest.code}, by_task)
+    makers = {"tokenizer": tokenizer.key, "codes": codes.manifest.code, "precision": config.precision}
+    columns = wanted_columns(config, makers, by_task)
     names = [column.name for column in columns]
     plan = plan_parts(images.table_uri, names, earlier_tables(job, columns), keys=KEYS)
     target = join(job.output, "table")

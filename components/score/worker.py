@@ -66,7 +66,7 @@ class Measuring:
     """The models and tasks, loaded once."""
 
     def __init__(self, order: Order) -> None:
-        self.tokenizer = load_tokenizer(order.tokenizer)
+        self.tokenizer = load_tokenizer(order.tokenizer, order.config.precision)
         self._device = str(next(self.tokenizer.parameters()).device)
         self._new = order.columns
         pixels = tuple(metric for metric in order.config.metrics if metric in order.columns)

@@ -24,6 +24,7 @@ from components.train.parallel import Place, gathered, gradients_kept, like, spr
 from components.train.recipes import RECIPES
 from model.blocks import Block
 from model.objectives import Loss, Objective, Turn, train_only
+from model.recompute import recompute_blocks
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -135,12 +136,13 @@ class Learner:
         self.average = MovingAverage(self.players["model"].parameters, self.run.config.train.optimizer.ema_decay)
 
     def spread_out(self) -> None:
-        """Once weights are in place: wrapped for many workers, compiled where that is asked for."""
+        """Once weights are in place: wrapped for many workers, its blocks as economical as is asked for."""
         if self.run.resources.strategy == "fsdp":
             state = self.state()
             self.model = spread(self.objective, self.place, "fsdp", game=False)
             self._seat()
             self.load(state)
+        recompute_blocks(self.objective, self.run.resources.recompute)
         if self.run.resources.compile:
             for module in self.objective.modules():
                 if isinstance(module, Block):

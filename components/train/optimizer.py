@@ -23,7 +23,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
         {"params": [p for name, p in parameters.items() if name not in flat], "weight_decay": config.weight_decay},
         {"params": [p for name, p in parameters.items() if name in flat], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=1.0, betas=config.betas)
+    return torch.optim.AdamW([group for group in groups if group["params"]], lr=1.0, betas=config.betas, fused=True)
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimizerConfig, batch_size: int) -> float:

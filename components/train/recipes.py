@@ -93,7 +93,7 @@ def build_finetune_objective(
 
 def _load(uri: str) -> AlitTokenizer:
     with local_folder(model_folder(uri)) as folder:
-        return AlitTokenizer.load(folder)
+        return AlitTokenizer.load(folder).to(memory_format=torch.contiguous_format)  # FSDP takes no other
 
 
 def build_probe_objective(

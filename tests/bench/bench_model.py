@@ -1,7 +1,8 @@
 """Times the tokenizer at full size, phase by phase, beside what the machine can do: ``make bench-model``.
 
 Every row: seconds (the best of the repeats), images a second, where the time went, floating-point operations a second
-and their share of a large matrix product timed in the same run. Weights are random, images are real.
+and their share of a large matrix product timed in the same run. Weights are random, images are real. At bf16 inference
+is what ``AlitTokenizer.load(…, precision="bf16")`` does, training what ``precision: bf16`` does: autocast.
 """
 
 import argparse
@@ -11,8 +12,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from components.config import OptimizerConfig
+from components.train.optimizer import build_optimizer
 from model import SIZES, AlitTokenizer
 from model.config import DistillConfig
+from model.inference import prepare_for_inference
 from model.objectives import DistillObjective, train_only
+from model.recompute import recompute_blocks
 from model.selection import FixedTokens, Floats, Selection
+from tests.bench.machine import PRODUCT, TYPES, ceilings
 
 PHASES = ("base encode", "rollouts", "decoder", "base decode")
 REST = "rest"  # for training: the backward pass and the optimizer
@@ -119,25 +124,6 @@ def photographs(batch: int, side: int) -> Tensor:
     return torch.cat(images)
 
 
-def ceilings(dtype: torch.dtype) -> dict[str, float]:
-    """Operations a second of a large matrix product and of the VQGAN's widest convolution."""
-    left, right = torch.randn(2, 4096, 4096).to(dtype)
-    grid, kernel = torch.randn(1, 128, 256, 256).to(dtype), torch.randn(128, 128, 3, 3).to(dtype)
-    works = {
-        "matrix product 4096": (lambda: left @ right, 2 * 4096**3),
-        "3x3 convolution, 128 channels, 256 px": (lambda: F.conv2d(grid, kernel, padding=1), 18 * 128**2 * 256**2),
-    }
-    found = {}
-    for name, (work, operations) in works.items():
-        seconds = []
-        for _ in range(4):
-            start = time.perf_counter()
-            work()
-            seconds.append(time.perf_counter() - start)
-        found[name] = operations / min(seconds)
-    return found
-
-
 @torch.no_grad()
 def everything(tokenizer: AlitTokenizer, images: Tensor) -> None:
     """All budgets with all reconstructions."""
@@ -161,7 +147,9 @@ def training_step(tokenizer: AlitTokenizer, images: Tensor, sampled: int | None)
     """Forward, backward and AdamW of distillation."""
     objective = DistillObjective(tokenizer, DistillConfig(sampled_rollouts=sampled)).train()
     train_only(objective, objective.trainable())
-    optimizer = torch.optim.AdamW(objective.trainable().values(), lr=1e-5)
+    optimizer = build_optimizer(objective.trainable(), OptimizerConfig())
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-5
 
     def step() -> None:
         generator = torch.Generator().manual_seed(24)  # of 8 rollouts it draws the third and the sixth, as on average
@@ -172,8 +160,8 @@ def training_step(tokenizer: AlitTokenizer, images: Tensor, sampled: int | None)
     return step
 
 
-def cases(tokenizer: AlitTokenizer, images: Tensor) -> dict[str, Callable[[], None]]:
-    """Name to work."""
+def cases(tokenizer: AlitTokenizer, images: Tensor) -> dict[str, Callable[[], Any]]:
+    """Name to work; of training, to what prepares it."""
 
     first, third = tokenizer.budgets[0], tokenizer.budgets[2]
     return {
@@ -182,38 +170,43 @@ def cases(tokenizer: AlitTokenizer, images: Tensor) -> dict[str, Callable[[], No
         f"encode, met at {third} tokens": lambda: tokenizer.encode(images, MetAt(3)) and None,
         "encode, never met": lambda: tokenizer.encode(images, MetAt(0)) and None,
         "codes of all budgets": lambda: codes_only(tokenizer, images),
-        "training step": training_step(tokenizer, images, None),
-        "training step, 2 of 8 rollouts": training_step(tokenizer, images, 2),
+        "training step": lambda: training_step(tokenizer, images, None),
+        "training step, 2 of 8 rollouts": lambda: training_step(tokenizer, images, 2),
         "1024 px, fewest tokens and back": lambda: decoded(tokenizer, images),
     }
 
 
 def measure(case: str, options: argparse.Namespace, tokenizer: AlitTokenizer, images: Tensor) -> Row:
-    """Count the operations while warming up, then time."""
+    """Count the operations of one image while warming up, then time the batch."""
+    training = "training" in case
     if "1024" in case:
         tokenizer, images = tokenizer.resized((1024, 1024)), photographs(1, 1024)
-    tokenizer.train("training" in case)
-    work, meter = cases(tokenizer, images)[case], Meter(tokenizer)
-    with autocast(options):
+    if training:
+        recompute_blocks(tokenizer.train(), options.recompute)
+    else:
+        prepare_for_inference(tokenizer.eval(), options.dtype)
+    meter = Meter(tokenizer)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training and options.dtype == "bf16"):
+        work = prepared(case, tokenizer, images[:1])
         with counting() as counter:
             operations, by_phase = meter.run(work, counter.get_total_flops)
+        work = prepared(case, tokenizer, images)
         timed = min((meter.run(work, time.perf_counter) for _ in range(options.repeats)), key=lambda result: result[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    phases = {name: (timed[1].get(name, 0.0), by_phase.get(name, 0.0)) for name in PHASES}
-    phases[REST] = (timed[0] - sum(timed[1].values()), operations - sum(by_phase.values()))
-    return Row(case, len(images), timed[0], operations, peak, phases)
+    phases = {name: (timed[1].get(name, 0.0), len(images) * by_phase.get(name, 0.0)) for name in PHASES}
+    phases[REST] = (timed[0] - sum(timed[1].values()), len(images) * (operations - sum(by_phase.values())))
+    return Row(case, len(images), timed[0], len(images) * operations, peak, phases)
 
 
-@contextmanager
-def autocast(options: argparse.Namespace) -> Iterator[None]:
-    """bf16 where it is asked for."""
-    with torch.autocast("cpu", dtype=torch.bfloat16) if options.dtype == "bf16" else nullcontext():
-        yield
+def prepared(case: str, tokenizer: AlitTokenizer, images: Tensor) -> Callable[[], None]:
+    """The case's work; for training with an optimizer of its own, which the one before must not keep in memory."""
+    work = cases(tokenizer, images)[case]
+    return work() if "training" in case else work
 
 
-def in_own_process(case: str) -> Row:
+def in_own_process(case: str, arguments: Sequence[str]) -> Row:
     """A case whose peak memory is of interest, or that changes the weights."""
-    command = [sys.executable, "-m", "tests.bench.bench_model", *sys.argv[1:], "--case", case]
+    command = [sys.executable, "-m", "tests.bench.bench_model", *arguments, "--case", case]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     values = json.loads(done.stdout.splitlines()[-1])
     return Row(**{**values, "phases": {name: tuple(pair) for name, pair in values["phases"].items()}})
@@ -249,7 +242,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=256, help="of the images, px")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--dtype", default="fp32", choices=("fp32", "bf16"))
+    parser.add_argument("--dtype", default="fp32", choices=sorted(TYPES))
+    parser.add_argument("--recompute", default="none", choices=("none", "light", "full"), help="of training")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--skip", nargs="*", default=[], help="parts of names of cases to leave out")
     parser.add_argument("--output", type=Path, help="write the rows as JSON too")
@@ -267,18 +261,20 @@ def main() -> None:
     if options.case:
         print(json.dumps(asdict(measure(options.case, options, tokenizer, images))))
         return
-    dtype = torch.bfloat16 if options.dtype == "bf16" else torch.float32
+    dtype = TYPES[options.dtype]
     found = ceilings(dtype)
     names = [n for n in cases(tokenizer, images) if not any(part in n for part in options.skip)]
     rows = []
     for name in names:
-        rows.append(in_own_process(name) if name in OWN_PROCESS else measure(name, options, tokenizer, images))
+        rows.append(
+            in_own_process(name, sys.argv[1:]) if name in OWN_PROCESS else measure(name, options, tokenizer, images)
+        )
         print(f"{name}: {rows[-1].seconds:.2f} s", file=sys.stderr, flush=True)
     after = ceilings(dtype)
     print(f"{options.size}, {options.side} px, batch {options.batch}, {options.dtype}, {options.threads} threads")
     for name in found:
         print(f"ceiling, {name}: {found[name] / 1e9:.0f} GFLOP/s before, {after[name] / 1e9:.0f} after")
-    ceiling = max(found["matrix product 4096"], after["matrix product 4096"])
+    ceiling = max(found[PRODUCT], after[PRODUCT])
     print(table(rows, ceiling))
     if options.output:
         options.output.write_text(json.dumps({"ceiling": ceiling, "rows": [asdict(row) for row in rows]}, indent=1))

@@ -13,6 +13,7 @@ from components.config import (
     IngestResources,
     IngestStageConfig,
     NoConfig,
+    PrecisionConfig,
     RuleConfig,
 )
 from components.ingest import ingest
@@ -61,7 +62,7 @@ def test_results_do_not_depend_on_resources(finished: Workspace, tmp_path: Path)
     found = {}
     for number, (name, resources) in enumerate(WAYS.items()):
         codes, scores, counts = (tmp_path / f"{stage}{number}" for stage in ("codes", "scores", "counts"))
-        tokenize(job(codes), config=NoConfig(), resources=resources, images=images, tokenizer=tokenizer)
+        tokenize(job(codes), config=PrecisionConfig(), resources=resources, images=images, tokenizer=tokenizer)
         finish(codes, CodeBook)
         score(
             job(scores),

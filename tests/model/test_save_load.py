@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SMALL, SMALL_CONFIGS, build
@@ -19,7 +20,7 @@ def test_round_trip(photographs, tmp_path, name):
     again = AlitTokenizer.load(tmp_path / "new" / "folder")
     assert again.config == tokenizer.config and not again.training
     for one, other in zip(tokenizer.encode(images, 8), again.encode(images, 8), strict=True):
-        assert (one == other).all()
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)  # convolutions of a loaded one are laid out anew
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["config.json", "weights.safetensors"]
 
 

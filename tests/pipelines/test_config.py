@@ -13,6 +13,8 @@ MISTAKES = {
     "foo=1": ("foo = 1", "no such key"),
     "training.distill.typo=1": ("training.distill.typo = 1", "no such key"),
     "training.workers=two": ("training.workers = 'two'", "integer"),
+    "inference.precision=fp8": ("inference.precision = 'fp8'", "'bf16'"),
+    "training.recompute=some": ("training.recompute = 'some'", "'light'"),
     "training.workers=0": ("training.workers = 0", "greater than 0"),
     "data.image_size=66": ("data.image_size = (66, 66)", "8 px"),
     "tokenizer.budgets=[8, 8]": ("budgets = [8, 8]", "increasing"),
@@ -126,3 +128,13 @@ def test_files_in_a_task_are_found_from_where_the_command_was_given(tmp_path: Pa
     (tmp_path / "model.onnx").write_bytes(b"")
     task = "tasks.0={name: depth, judge: 'onnx:model.onnx', rule: {kind: best, metric: rmse}}"
     assert load_config("demo", [task]).tasks[0].judge == f"onnx:{tmp_path}/model.onnx"
+
+
+def test_precision_is_in_the_keys_of_codes_and_scores_and_actors_are_not():
+    exact, rounded, wider = (
+        build(load_config("demo", [setting])).keys()
+        for setting in ("inference.precision=fp32", "inference.precision=bf16", "inference.actors=2")
+    )
+    changed = {name for name, key in exact.items() if rounded[name] != key}
+    assert {"tokenize", "score"} <= changed and not changed & {"ingest", "base", "distill"}
+    assert wider == exact
