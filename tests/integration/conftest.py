@@ -70,7 +70,7 @@ def own_ray() -> Iterator[None]:
     """A small Ray in this process, for stages that are called by themselves."""
     import ray
 
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
