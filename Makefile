@@ -2,13 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench-model bench-select bench-train
+.PHONY: demo test lint bench-model bench-select bench-train bench-pipeline
 
 demo: .venv/installed
 	$(BIN)/alit run pipelines/configs/demo.yaml
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -20,6 +20,9 @@ bench-model: .venv/installed
 
 bench-train: .venv/installed
 	$(BIN)/python -m tests.bench.bench_train
+
+bench-pipeline: .venv/installed
+	$(BIN)/python -m tests.bench.bench_pipeline
 
 bench-select: .venv/installed
 	$(BIN)/python -m tests.bench.bench_select

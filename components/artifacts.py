@@ -59,6 +59,8 @@ COUNTS_SCHEMA = pa.schema(
 class WorkspaceError(RuntimeError):
     """A run can't begin, or can't go on, in its workspace: somebody else's, no Ray, too small a Ray, no record."""
 
+    trace: str = ""  # file with the whole of it, where the message is not all there is to say
+
 
 def filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """The file system of ``uri`` (local path or ``s3://bucket/key``) and the path within it."""
@@ -319,6 +321,13 @@ class Analysis(Artifact):
     """Findings over the whole set: JSON for a program, ``table`` for a person, PNG pictures."""
 
     schema: ClassVar[str] = "analysis"
+
+
+@dataclass(frozen=True)
+class Report(Artifact):
+    """``report.html``: one page that needs nothing beside it."""
+
+    schema: ClassVar[str] = "report"
 
 
 @dataclass(frozen=True)

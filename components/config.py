@@ -60,6 +60,7 @@ class IngestResources(Settings):
     """How ingest is spread out."""
 
     tasks: PositiveInt = 2  # decoding tasks at once, one CPU each
+    memory_mb_per_task: NonNegativeInt = 0  # set aside by Ray for each, MiB; 0: nothing is
     files_per_block: PositiveInt = 64
 
 
@@ -91,7 +92,7 @@ class TrainConfig(Settings):
 
 
 class WorkerRange(Settings):
-    """An elastic number of workers: fewer go on when a node is lost, more when one comes back."""
+    """An elastic number of workers or actors: fewer go on when a node is lost, more when there is room."""
 
     min: PositiveInt
     max: PositiveInt
@@ -112,6 +113,10 @@ Workers = Annotated[
 ]
 
 
+def _range(given: int | WorkerRange) -> WorkerRange:
+    return given if isinstance(given, WorkerRange) else WorkerRange(min=given, max=given)
+
+
 class TrainResources(Settings):
     """How training is spread out and how often it saves and speaks.
 
@@ -122,6 +127,7 @@ class TrainResources(Settings):
     workers: Workers = 2  # or {min: …, max: …}
     cpus_per_worker: PositiveFloat = 1.0
     gpus_per_worker: NonNegativeFloat = 0.0
+    memory_mb_per_worker: NonNegativeInt = 0  # set aside by Ray for each, MiB; 0: nothing is
     micro_batch: PositiveInt | None = None  # images a worker takes at once, gradients summed; None: its whole share
     strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimizer are cut over the workers
     compile: bool = False  # the transformer blocks through torch.compile
@@ -142,8 +148,7 @@ class TrainResources(Settings):
     @property
     def worker_range(self) -> WorkerRange:
         """The number of workers as a range, of one where it is fixed."""
-        given = self.workers
-        return given if isinstance(given, WorkerRange) else WorkerRange(min=given, max=given)
+        return _range(self.workers)
 
 
 class StageTraining(Settings):
@@ -182,9 +187,15 @@ class InferenceResources(Settings):
     """How tokenize and score are spread out."""
 
     batch_size: PositiveInt = 32
-    actors: PositiveInt = 1
+    actors: Workers = 1  # or {min: …, max: …}: the pool grows with the work, and an autoscaling cluster with the pool
     cpus_per_actor: PositiveFloat = 1.0
     gpus_per_actor: Annotated[float, Field(ge=0)] = 0.0
+    memory_mb_per_actor: NonNegativeInt = 0  # set aside by Ray for each, MiB; 0: nothing is
+
+    @property
+    def actor_range(self) -> WorkerRange:
+        """The number of actors as a range, of one where it is fixed."""
+        return _range(self.actors)
 
 
 class LengthConfig(Settings):
@@ -268,11 +279,72 @@ class QualityConfig(Settings):
     inception: str | None = None  # a file with the Inception weights of torch-fidelity: rFID too
 
 
-class PublishConfig(Settings):
+class TablesConfig(Settings):
+    """What is shown in MLflow of a run's results."""
+
+    pictures: Annotated[int, Field(ge=0, le=64)] = 6
+
+
+class PublishConfig(TablesConfig):
     """What is registered in MLflow and under which name."""
 
     model_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")] = "alit"
-    pictures: Annotated[int, Field(ge=0, le=64)] = 6
+
+
+class GateConfig(Settings):
+    """What a new model must do better than the champion, on the same held-out images."""
+
+    metric: str  # a column of the score table: one of pixels, or TASK.METRIC
+    budget: PositiveInt  # tokens an image
+    margin: NonNegativeFloat = 0.0  # by more than so much, in the metric's own unit
+
+
+class PromoteConfig(Settings):
+    """What makes a newly registered model the champion."""
+
+    gate: GateConfig | None = None  # none: the first model is, a later one waits as challenger
+
+
+class RegisteredModel(Settings):
+    """A version in the model registry of the run's MLflow."""
+
+    name: str
+    version: PositiveInt
+
+
+class DriftConfig(Settings):
+    """When new images differ so much from those of the training that somebody should look."""
+
+    psi: PositiveFloat = 0.2  # population stability index above which a difference is large ...
+    p_value: Annotated[float, Field(gt=0, lt=1)] = 0.01  # ... and probability below which it isn't chance: both flag
+    min_images: PositiveInt = 30  # fewer new images say too little
+
+
+class ClusterSize(Settings):
+    """What an autoscaling cluster has when it has grown; what it has already is known without this."""
+
+    cpus: NonNegativeFloat = 0.0
+    gpus: NonNegativeFloat = 0.0
+    memory_gb: NonNegativeFloat = 0.0  # GiB
+
+
+class ReportConfig(Settings):
+    """The page."""
+
+    examples: Annotated[int, Field(ge=0, le=48)] = 12  # images shown with their reconstructions, easy to hard
+
+
+class ReportStageConfig(Settings):
+    """What decides the page, besides the artifacts that it is about."""
+
+    settings: ReportConfig = ReportConfig()
+    model_name: str  # that the tokenizer will be registered under
+
+
+class ReportResources(Settings):
+    """What the page also shows, and is not made again for."""
+
+    run_config: str = ""  # YAML, as `alit run` takes it
 
 
 class RaySettings(Settings):
@@ -281,6 +353,7 @@ class RaySettings(Settings):
     address: str | None = None  # host:port of a running cluster's head, or "auto"
     num_cpus: PositiveInt | None = None  # of a Ray that is started here; none: what this process may use
     object_store_mb: Annotated[int, Field(ge=80)] = 300  # of a Ray that is started here, MiB
+    grows_to: ClusterSize = ClusterSize()  # of an autoscaling cluster: what it may grow to
 
 
 class S3Settings(Settings):

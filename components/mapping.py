@@ -136,14 +136,16 @@ def _map_files(
 
     store, folder = filesystem(mapping.target)
     store.create_dir(folder, recursive=True)
-    resources = mapping.resources
+    resources, pool = mapping.resources, mapping.resources.actor_range
+    least = 1 if isinstance(resources.actors, int) else pool.min  # a fixed number works on when a node is lost
     files = ray.data.range(len(parts), override_num_blocks=len(parts))
     mapped = files.map(
         _FileMapper,
         fn_constructor_args=(mapping, parts, names),
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=resources.actors),
+        compute=ray.data.ActorPoolStrategy(min_size=least, max_size=pool.max),
         num_cpus=resources.cpus_per_actor,
         num_gpus=resources.gpus_per_actor or None,
+        memory=resources.memory_mb_per_actor << 20 or None,  # bytes
     )
     totals: Counter[str] = Counter()
     for done, row in enumerate(mapped.iter_rows(), start=1):

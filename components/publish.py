@@ -1,6 +1,7 @@
 """publish: what a run found goes to MLflow: figures, tables, pictures, and the tokenizer as a registered model."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from components.artifacts import (
     Job,
     Judge,
     LengthModel,
+    Report,
     ScoreTable,
     TokenCounts,
     Tokenizer,
@@ -25,9 +27,11 @@ from components.artifacts import (
     read_table,
     write_json,
 )
-from components.config import NoConfig, PublishConfig
+from components.config import NoConfig, PublishConfig, RegisteredModel, TablesConfig
+from components.distributions import reference_of
 from components.images import stack, to_float, to_uint8
-from components.registry import ModelVersion, Rules, register_judge, register_tokenizer
+from components.model_card import Card
+from components.registry import Companions, ModelVersion, describe_version, register_judge, register_tokenizer
 from components.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -49,37 +53,89 @@ def publish(
     **by_task: Artifact,
 ) -> Figures:
     """Log tables and pictures to MLflow and register the tokenizer; ``by_task``: what was made after the scores."""
-    tracker = Tracker(**job.tracking)
-    counts = {
-        artifact.manifest.config["name"]: artifact for artifact in by_task.values() if isinstance(artifact, TokenCounts)
-    }
-    analyses = {name: artifact for name, artifact in by_task.items() if isinstance(artifact, Analysis)}
+    _log(job, config, _Results(images, tokenizer, scores, by_task))
+    tracker, counts, rules = Tracker(**job.tracking), _counts(by_task), _rules(_counts(by_task))
     heads = {
         name.removeprefix("length_"): join(artifact.uri, "head")
         for name, artifact in by_task.items()
         if isinstance(artifact, LengthModel)
     }
+    companions = Companions(
+        rules=rules,
+        heads={task: heads[task] for task in rules if task in heads},
+        judges=_register_judges(tracker, config, by_task),
+        reference=reference_of(scores, counts),
+    )
+    version = _register(tracker, config, tokenizer, images, companions)
+    card = Card(config.model_name, images, tokenizer, scores, counts)
+    describe_version(tracker, version, card=card.text(), tags=card.tags())
+    write_json(join(job.output, "publication.json"), {"model": version.name, "version": version.version})
+    return {"model": version.name, "version": version.version, "pictures": config.pictures}
+
+
+def publish_tables(
+    job: Job,
+    *,
+    config: TablesConfig,
+    resources: RegisteredModel,
+    images: ImageSet,
+    tokenizer: Tokenizer,
+    scores: ScoreTable,
+    **by_task: Artifact,
+) -> Figures:
+    """Log tables and pictures to MLflow; the tokenizer is registered already, as ``resources`` says."""
+    _log(job, config, _Results(images, tokenizer, scores, by_task))
+    write_json(join(job.output, "publication.json"), {"model": resources.name, "version": resources.version})
+    return {"model": resources.name, "version": resources.version, "pictures": config.pictures}
+
+
+def _counts(by_task: Mapping[str, Artifact]) -> dict[str, TokenCounts]:
+    """By task, in order."""
+    return {one.manifest.config["name"]: one for one in by_task.values() if isinstance(one, TokenCounts)}
+
+
+@dataclass(frozen=True)
+class _Results:
+    images: ImageSet
+    tokenizer: Tokenizer
+    scores: ScoreTable
+    by_task: Mapping[str, Artifact]
+
+
+def _log(job: Job, config: TablesConfig, results: _Results) -> None:
+    """Figures to this run and the one above it, tables, analyses and pictures."""
+    tracker, counts = Tracker(**job.tracking), _counts(results.by_task)
+    analyses = {name: artifact for name, artifact in results.by_task.items() if isinstance(artifact, Analysis)}
     for target in (tracker, tracker.parent):
-        target.metrics(_final_metrics(scores, {**counts, **analyses}))
+        target.metrics(_final_metrics(results.scores, {**counts, **analyses}))
     for task, chosen in counts.items():
         tracker.table(_rows(chosen), f"counts_{task}")
         tracker.table(_by_column(read_json(join(chosen.uri, "rules.json"))["rules"]), f"rules_{task}")
     for name, analysis in analyses.items():
         _log_analysis(tracker, name, analysis)
-    tracker.table(_budget_table(scores), "budgets")
+    tracker.table(_budget_table(results.scores), "budgets")
     first = next(iter(counts.values()))
-    for row, picture in enumerate(_pictures(images, tokenizer, first, config.pictures)):
+    for row, picture in enumerate(_pictures(results.images, results.tokenizer, first, config.pictures)):
         tracker.picture(picture, f"reconstructions_{row:02d}")
         job.progress(f"picture {row + 1}/{config.pictures}")
+    for artifact in results.by_task.values():
+        if isinstance(artifact, Report):
+            with local_folder(artifact.uri) as folder:
+                tracker.artifact(Path(folder, "report.html"))
+                tracker.parent.artifact(Path(folder, "report.html"))
+
+
+def _register_judges(tracker: Tracker, config: PublishConfig, by_task: Mapping[str, Artifact]) -> dict[str, int]:
+    """Task -> version of its judge."""
+    versions = {}
     for name, artifact in by_task.items():
         if isinstance(artifact, Judge) and tracker.run_id:
+            task = name.removeprefix("judge_")
             with local_folder(artifact.uri) as folder:
-                named = f"{config.model_name}-judge-{name.removeprefix('judge_')}"
-                register_judge(tracker, folder, name=named, figures=artifact.manifest.counts)
-    rules = _rules(counts)
-    version = _register(tracker, config, tokenizer, images, Rules(rules, {t: heads[t] for t in rules if t in heads}))
-    write_json(join(job.output, "publication.json"), {"model": version.name, "version": version.version})
-    return {"model": version.name, "version": version.version, "pictures": config.pictures}
+                named = f"{config.model_name}-judge-{task}"
+                made = register_judge(tracker, folder, name=named, figures=artifact.manifest.counts)
+            versions[task] = made.version
+    return versions
 
 
 def _final_metrics(scores: ScoreTable, found: Mapping[str, Artifact]) -> dict[str, float]:
@@ -96,7 +152,8 @@ def _log_analysis(tracker: Tracker, name: str, analysis: Analysis) -> None:
     """An analysis as its table, and its JSON and pictures as files."""
     tracker.table(read_table(analysis.table_uri).to_pydict(), name)
     with local_folder(analysis.uri) as folder:
-        for file in sorted(Path(folder).glob(f"{name}.*")):
+        files = {*Path(folder).glob(f"{name}.*"), *Path(folder).glob("*.png"), *Path(folder).glob("sections.json")}
+        for file in sorted(files):
             tracker.artifact(file, "analyses")
 
 
@@ -177,9 +234,9 @@ def _rules(counts: Mapping[str, TokenCounts]) -> dict[str, Any]:
 
 
 def _register(
-    tracker: Tracker, config: PublishConfig, tokenizer: Tokenizer, images: ImageSet, rules: Rules
+    tracker: Tracker, config: PublishConfig, tokenizer: Tokenizer, images: ImageSet, companions: Companions
 ) -> ModelVersion:
     """The tokenizer as a new version of ``config.model_name``, with the tasks' rules beside the weights."""
     example = next(read_batches(images.table_uri, columns=["image"], batch_rows=1))["image"][0].as_py()
     with local_folder(tokenizer.uri) as folder:
-        return register_tokenizer(tracker, folder, name=config.model_name, rules=rules, example_png=example)
+        return register_tokenizer(tracker, folder, name=config.model_name, companions=companions, example_png=example)

@@ -1,26 +1,37 @@
-"""The model registry: a tokenizer goes in as a new version, and comes out as a folder.
+"""The model registry: tokenizers and judges go in as new versions, and come out as folders; aliases move.
 
 It and serving.py, which MLflow runs beside the weights, are the modules besides tracking.py that import mlflow.
 """
 
+import hashlib
 import json
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from components.artifacts import exists, join, local_folder, read_json
+from components.artifacts import MANIFEST, exists, filled_folder, join, local_folder, read_json
 from components.buckets import check, is_bucket
 from components.config import RuleConfig
 from components.rules import HEADS
-from components.tracking import Tracker
+from components.tracking import Tracker, redact
 from model.starter import model_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 SERVING = Path(__file__).with_name("serving.py")
 PACKAGES = ("model", "components")  # what serving.py imports, at the version that made the weights
+TOKENIZER_FILES = ("config.json", "weights.safetensors")
+REFERENCE = "reference.json"  # beside the weights: what the images of the training were like
+TRACKING_URI = "MLFLOW_TRACKING_URI"
+CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"  # aliases
+DIGEST, JUDGE = "alit.digest", "alit.judge."  # tags of a version; the second one with a task's name behind it
 REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pillow", "pandas", "pydantic")
 
 
@@ -33,14 +44,18 @@ class ModelVersion:
 
 
 @dataclass(frozen=True)
-class Rules:
-    """What travels with the weights so that tasks can be named."""
+class Companions:
+    """What travels with the weights."""
 
-    configs: Mapping[str, Any]  # task -> rule config
+    rules: Mapping[str, Any]  # task -> rule config, so that tasks can be named
     heads: Mapping[str, str]  # task -> URI of the LengthHead of a rule that predicts
+    judges: Mapping[str, int] = field(default_factory=dict)  # task -> version of its registered judge
+    reference: Mapping[str, Any] = field(default_factory=dict)  # components.distributions.reference_of
 
 
-def register_tokenizer(tracker: Tracker, folder: str, *, name: str, rules: Rules, example_png: bytes) -> ModelVersion:
+def register_tokenizer(
+    tracker: Tracker, folder: str, *, name: str, companions: Companions, example_png: bytes
+) -> ModelVersion:
     """Register the tokenizer in ``folder`` under ``name``, logged by the tracker's run.
 
     The code that serves it is this software's own,
@@ -52,8 +67,9 @@ def register_tokenizer(tracker: Tracker, folder: str, *, name: str, rules: Rules
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch, "tokenizer")
         shutil.copytree(folder, weights, ignore=shutil.ignore_patterns("artifact.json"))
-        (weights / "rules.json").write_text(json.dumps(dict(rules.configs), indent=2))
-        for task, uri in rules.heads.items():
+        (weights / "rules.json").write_text(json.dumps(dict(companions.rules), indent=2))
+        (weights / REFERENCE).write_text(json.dumps(dict(companions.reference)))
+        for task, uri in companions.heads.items():
             with local_folder(uri) as head:
                 shutil.copytree(head, weights / HEADS / task)
         with mlflow.start_run(run_id=tracker.run_id):
@@ -67,7 +83,20 @@ def register_tokenizer(tracker: Tracker, folder: str, *, name: str, rules: Rules
                 pip_requirements=[f"{package}=={version(package).split('+')[0]}" for package in REQUIREMENTS],
                 registered_model_name=name,
             )
-    return ModelVersion(name, int(info.registered_model_version))
+        made = ModelVersion(name, int(info.registered_model_version))
+        judges = {f"{JUDGE}{task}": str(number) for task, number in companions.judges.items()}
+        tag_version(tracker.uri, made, {DIGEST: digest_of(weights, TOKENIZER_FILES), **judges})
+    return made
+
+
+def describe_version(tracker: Tracker, made: ModelVersion, *, card: str, tags: Mapping[str, str]) -> None:
+    """Give a version its model card (markdown) and tags."""
+    import mlflow
+
+    client = mlflow.MlflowClient(tracking_uri=tracker.uri, registry_uri=tracker.uri)
+    client.update_model_version(made.name, str(made.version), description=card)
+    for name, value in tags.items():
+        client.set_model_version_tag(made.name, str(made.version), name, value)
 
 
 def register_judge(tracker: Tracker, folder: str, *, name: str, figures: Mapping[str, Any]) -> ModelVersion:
@@ -83,10 +112,164 @@ def register_judge(tracker: Tracker, folder: str, *, name: str, figures: Mapping
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     source = f"{client.get_run(tracker.run_id).info.artifact_uri}/judges/{name}"
-    made = client.create_model_version(
-        name, source, run_id=tracker.run_id, tags={f"judge.{key}": str(value) for key, value in figures.items()}
-    )
+    tags = {f"judge.{key}": str(value) for key, value in figures.items()} | {DIGEST: judge_digest(folder)}
+    made = client.create_model_version(name, source, run_id=tracker.run_id, tags=tags)
     return ModelVersion(name, int(made.version))
+
+
+@dataclass(frozen=True)
+class Found:
+    """A registered tokenizer, as much of it as a plan needs."""
+
+    model: ModelVersion
+    digest: str  # of its weights and its config
+    config: Mapping[str, Any]  # the tokenizer's: model.config.AlitConfig
+    judges: Mapping[str, int]  # task -> version of the judge that was registered with it
+
+
+def find_tokenizer(registry: str, uri: str) -> Found:
+    """What ``models:/NAME@ALIAS`` or ``models:/NAME/VERSION`` means in ``registry`` (a tracking URI) now.
+
+    Raises ValueError when it means nothing there.
+    """
+    name, _, which = uri.removeprefix("models:/").replace("/", "@", 1).partition("@")
+    with _registry_errors(registry, f"model = {uri!r}"):
+        client = _client(registry)
+        by_alias = "@" in uri
+        number = client.get_model_version_by_alias(name, which).version if by_alias else which
+        version = client.get_model_version(name, str(number))  # one that was found by alias lacks its tags
+        model = ModelVersion(name, int(version.version))
+        with tempfile.TemporaryDirectory() as folder:
+            config = read_json(download(registry, model, "artifacts/tokenizer/config.json", folder))["config"]
+            digest = version.tags.get(DIGEST) or digest_of(
+                Path(download(registry, model, "artifacts/tokenizer", folder)), TOKENIZER_FILES
+            )
+    tags = {tag.removeprefix(JUDGE): int(number) for tag, number in version.tags.items() if tag.startswith(JUDGE)}
+    return Found(model, digest, config, tags)
+
+
+def find_judge(registry: str, model: ModelVersion) -> str:
+    """The digest of a registered judge; raises ValueError when it isn't there."""
+    with _registry_errors(registry, f"judge {model.name} version {model.version}"):
+        tags = _client(registry).get_model_version(model.name, str(model.version)).tags
+        if DIGEST in tags:
+            return str(tags[DIGEST])
+        with tempfile.TemporaryDirectory() as folder:
+            return judge_digest(download(registry, model, "", folder))
+
+
+def download(registry: str, model: ModelVersion, path: str, folder: str) -> str:
+    """Where the file or folder ``path`` of a registered model is after it was copied into the local ``folder``."""
+    uri = f"models:/{model.name}/{model.version}/{path}".rstrip("/")
+    with _artifacts(registry) as artifacts:
+        return str(artifacts.download_artifacts(uri, dst_path=folder))
+
+
+def copy_tokenizer(registry: str, model: ModelVersion, uri: str) -> None:
+    """Weights and config of a registered tokenizer, without what travelled with them, into the folder ``uri``."""
+    with tempfile.TemporaryDirectory() as scratch, filled_folder(uri) as output:
+        folder = download(registry, model, "artifacts/tokenizer", scratch)
+        for name in TOKENIZER_FILES:
+            shutil.copy(Path(folder, name), output)
+
+
+def read_reference(registry: str, model: ModelVersion) -> Any:
+    """What the images of a model's training were like; None when it was registered without that."""
+    with _artifacts(registry) as artifacts:
+        files = artifacts.list_artifacts(f"models:/{model.name}/{model.version}/artifacts/tokenizer")
+    if not any(Path(file.path).name == REFERENCE for file in files):
+        return None
+    with tempfile.TemporaryDirectory() as scratch:
+        return read_json(download(registry, model, f"artifacts/tokenizer/{REFERENCE}", scratch)) or None
+
+
+def digest_of(folder: Path, names: Sequence[str]) -> str:
+    """sha256 over the named files of a folder."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def judge_digest(folder: str) -> str:
+    """sha256 over the files of a judge, its record and its gallery included."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.name != MANIFEST]
+    return digest_of(Path(folder), [path.relative_to(folder).as_posix() for path in files])
+
+
+def tag_version(registry: str, model: ModelVersion, tags: Mapping[str, str]) -> None:
+    """Set tags of a registered model."""
+    for name, value in tags.items():
+        _client(registry).set_model_version_tag(model.name, str(model.version), name, value)
+
+
+def aliases_of(registry: str, name: str) -> dict[str, int]:
+    """Alias -> version; raises ValueError when there is no such model."""
+    with _registry_errors(registry, f"model {name!r}"):
+        return {alias: int(at) for alias, at in _client(registry).get_registered_model(name).aliases.items()}
+
+
+def move_aliases(registry: str, name: str, *, to: Mapping[str, int | None], reason: str) -> None:
+    """Point aliases to versions, or to none, and say in each version's tags and description why.
+
+    Raises ValueError when a version isn't there; nothing has moved then.
+    """
+    client = _client(registry)
+    with _registry_errors(registry, f"model {name!r}"):
+        for wanted in {number for number in to.values() if number is not None}:
+            client.get_model_version(name, str(wanted))
+        for alias, number in to.items():
+            if number is None:
+                client.delete_registered_model_alias(name, alias)
+                continue
+            client.set_registered_model_alias(name, alias, str(number))
+            client.set_model_version_tag(name, str(number), f"alit.{alias}", reason)
+            client.update_model_version(name, str(number), f"{alias}: {reason}")
+
+
+def runs_of_versions(registry: str) -> list[str]:
+    """The MLflow runs that registered the versions of all models."""
+    runs, token, client = set(), None, _client(registry)
+    while True:
+        page = client.search_model_versions(max_results=1000, page_token=token)
+        runs |= {version.run_id for version in page if version.run_id}
+        token = page.token
+        if not token:
+            return sorted(runs)
+
+
+def _client(registry: str) -> "MlflowClient":
+    import mlflow
+
+    return mlflow.MlflowClient(tracking_uri=registry, registry_uri=registry)
+
+
+@contextmanager
+def _artifacts(registry: str) -> Iterator[Any]:
+    """MLflow's functions for artifacts; of models:/ they know one registry, the process's, which is in its environment
+    too: that is put back, as it overrules our configs."""
+    import mlflow
+
+    before = os.environ.get(TRACKING_URI)
+    try:
+        mlflow.set_tracking_uri(registry)
+        mlflow.set_registry_uri(registry)
+        yield mlflow.artifacts
+    finally:
+        os.environ.pop(TRACKING_URI, None)
+        os.environ.update({TRACKING_URI: before} if before is not None else {})
+
+
+@contextmanager
+def _registry_errors(registry: str, what: str) -> Iterator[None]:
+    """What MLflow says, in one line; raises ValueError."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except (MlflowException, OSError) as error:
+        said = redact(str(error)).splitlines()[0]
+        raise ValueError(f"{what}: not in the registry {redact(registry)}: {said}") from error
 
 
 def download_tokenizer(uri: str) -> str:

@@ -62,6 +62,12 @@ def describe(config: RuleConfig) -> str:
     return f"best {config.metric}"
 
 
+def columns_of(task: TaskConfig) -> list[str]:
+    """The columns of a ScoreTable that are there for ``task``."""
+    judged = task.metrics if task.kind != "reconstruction" else ()
+    return [*task.pixel_metrics, *(column(task, metric) for metric in judged)]
+
+
 def column(task: TaskConfig, metric: str) -> str:
     """The column of a ScoreTable that holds ``task``'s ``metric``: ``<task>.<metric>``, of pixels the bare name."""
     return f"{task.name}.{metric}" if task.kind != "reconstruction" and metric in task.metrics else metric

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -42,6 +42,8 @@ CATCH_UP_S = 180.0  # at the end of a training, for a server that is away
 METRICS_PER_CALL = 1000  # MLflow's limit
 PAIRS_PER_CALL = 100  # MLflow's limit for params and tags
 VALUE_LENGTH = 500
+RUNS_PER_CALL = 1000
+PARENT = "mlflow.parentRunId"  # tag
 
 _backlog: dict[str, deque[Any]] = {}  # run id -> metrics that were not sent yet
 _away_until: dict[str, float] = {}  # tracking URI -> monotonic time
@@ -269,14 +271,14 @@ def open_parent_run(store: Store, name: str, tags: Mapping[str, str]) -> Tracker
         experiment = _experiment_id(client, store)
         run = client.create_run(experiment, tags=_run_tags(tags), run_name=name)
     except Exception as error:
-        raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be used: {redact(str(error))}") from error
+        raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be used: {redact(_root(error))}") from error
     return Tracker(store.uri, run.info.run_id, experiment)
 
 
 def open_child(parent: Tracker, name: str, tags: Mapping[str, str]) -> Tracker:
     """A run below ``parent``. When MLflow is away, a tracker that writes nothing."""
     made: list[str] = []
-    nested = {**_run_tags(tags), "mlflow.parentRunId": parent.run_id}
+    nested = {**_run_tags(tags), PARENT: parent.run_id}
     parent._send(
         "a child run",
         lambda client: made.append(client.create_run(parent.experiment, tags=nested, run_name=name).info.run_id),
@@ -300,6 +302,54 @@ def close_abandoned(store: Store, run_id: str) -> int:
         tracker.tags({"alit.state": "killed"})
         tracker.close("KILLED")
     return len(runs)
+
+
+def used_by_runs(store: Store, newest: int | None = None, further: Iterable[str] = ()) -> set[str]:
+    """Keys of the artifacts (tag alit.key) that the experiment's runs refer to, unless these are deleted.
+
+    ``newest``: of so many pipeline runs; None: of all. ``further``: ids of runs that count though they be deleted.
+    Raises TrackingError when the store can't be read.
+    """
+    client = _client(store.uri)
+    try:
+        runs = list(_runs(client, store))
+        pipelines = [run.info.run_id for run in runs if PARENT not in run.data.tags]
+        counted = set(pipelines if newest is None else pipelines[:newest])
+        tags = [run.data.tags for run in runs if run.data.tags.get(PARENT) in counted]
+        tags += [_tags_of(client, run_id) for run_id in further]
+    except Exception as error:
+        raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be read: {redact(str(error))}") from error
+    return {found["alit.key"] for found in tags if "alit.key" in found}
+
+
+def _runs(client: "MlflowClient", store: Store) -> Iterator[Any]:
+    """The experiment's runs that aren't deleted, the newest first."""
+    experiment, token = client.get_experiment_by_name(store.experiment), None
+    while experiment is not None:
+        page = client.search_runs([experiment.experiment_id], max_results=RUNS_PER_CALL, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _tags_of(client: "MlflowClient", run_id: str) -> Mapping[str, str]:
+    """A run's tags, also of a deleted one; none of one that MLflow's own gc has removed."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_run(run_id).data.tags
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return {}
+
+
+def _root(error: BaseException) -> str:
+    """The first line of what was wrong at the bottom of it, without the layers of HTTP clients above."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _log_batch(run_id: str, client: "MlflowClient", **entities: list[Any]) -> None:

@@ -130,8 +130,12 @@ def latent_health(tokenizer: AlitTokenizer) -> CodebookHealth | None:
 
 
 def unused_parameters(tokenizer: AlitTokenizer) -> tuple[str, ...]:
-    """Names of what no loss can reach: the halting mask where halting is off."""
-    return () if tokenizer.config.halting.enabled else ("tokenizer.encoder.mask_token",)
+    """Beginnings of the names of what no loss can reach: the halting mask where nothing halts, and, with one rollout,
+    the norm before the next.
+    """
+    single = len(tokenizer.budgets) == 1
+    mask = () if tokenizer.config.halting.enabled and not single else ("tokenizer.encoder.mask_token",)
+    return (*mask, "tokenizer.encoder.norm_rollout.") if single else mask
 
 
 class BaseObjective(Objective):
@@ -180,7 +184,7 @@ class DistillObjective(Objective):
         return self.config.revive_every
 
     def trainable(self, player: str = "model") -> dict[str, nn.Parameter]:
-        """All but the base; the halting mask only where halting is on."""
+        """All but the base and what no loss can reach."""
         frozen = ("tokenizer.base.", *unused_parameters(self.tokenizer))
         return {name: p for name, p in self.named_parameters() if not name.startswith(frozen)}
 

@@ -11,17 +11,17 @@ from components.config import NoConfig, RuleConfig
 from components.parts import files_digest
 from components.select_counts import select
 from components.task_config import TaskConfig
-from pipelines.config import ConfigError, RunConfig
+from pipelines.build import build
+from pipelines.config import AnyConfig, ConfigError
 from pipelines.dag import Pipeline
 from pipelines.lock import hold
 from pipelines.runner import absolute
 from pipelines.summary import number, table
-from pipelines.train import build
 
 KINDS = {"max": "threshold", "min": "threshold", "ratio": "within", "mean": "mean_tokens"}
 
 
-def choose_again(config: RunConfig, task_name: str, given: Mapping[str, float]) -> Iterator[str]:
+def choose_again(config: AnyConfig, task_name: str, given: Mapping[str, float]) -> Iterator[str]:
     """Apply the rule ``given`` (one of max, min, ratio, mean) with the task's metric; yields a table's lines.
 
     The result is the artifact that a run with that rule would make, and such a run finds it there.

@@ -1,19 +1,18 @@
 """The command line: ``alit``. Exit codes: 0 done, 1 a stage failed, 2 the config or the arguments are wrong."""
 
 import argparse
-import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from pipelines.config import ConfigError
+from pipelines.cli_model import add_model_commands
+from pipelines.config import ConfigError, user_errors
 
 if TYPE_CHECKING:
-    from pipelines.config import RunConfig
+    from pipelines.config import AnyConfig
+    from pipelines.dag import Pipeline
 
 _out = logging.getLogger("alit")
 
@@ -80,12 +79,16 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--force", action="append", default=[], metavar="STAGE", help="as for run")
     add_config("graph", _graph, "Print the DAG as mermaid text.")
     add_config("status", _status, "Show stages, artifacts and sizes.")
+    sweep = add_config("sweep", _sweep, "Run the variants of a config and compare them.")
+    sweep.add_argument("--plan", action="store_true", help="only say what would run and why")
     submit = add_config("submit", _submit, "Run on a cluster, through Ray's job API.")
     _add_stages(submit)
     submit.add_argument("--address", required=True, metavar="URL", help="the cluster's dashboard, http://HOST:8265")
     submit.add_argument("--env", action="append", default=[], metavar="NAME", help="pass this variable on to the job")
     submit.add_argument("--working-dir", default=".", metavar="DIR", help="the code to send (default: this folder)")
     submit.add_argument("--no-wait", action="store_true", help="don't follow the job to its end")
+    page = add_config("report", _report, "Print the path of the HTML report.")
+    page.add_argument("--open", action="store_true", help="open it in a browser")
     select = add_config("select", _select, "Choose token counts again from stored scores.")
     select.add_argument("--task", required=True, help="a task of the config")
     rule = select.add_mutually_exclusive_group(required=True)
@@ -93,21 +96,13 @@ def _parser() -> argparse.ArgumentParser:
     rule.add_argument("--min", type=float, help="the metric is at least this")
     rule.add_argument("--within", type=float, metavar="RATIO", help="within this ratio of the value at the most tokens")
     rule.add_argument("--mean-tokens", type=float, metavar="B", help="at most this many tokens a mean image")
-    encode = add("encode", _encode, "Encode a folder of images into a token archive.")
-    _add_paths(encode, "images: a folder, .tar shards, .parquet tables or a manifest, local or s3://")
-    count = encode.add_mutually_exclusive_group(required=True)
-    count.add_argument("--task", help="the rule registered with the model for this task")
-    count.add_argument("--tokens", type=int, metavar="N", help="the same number for every image")
-    count.add_argument("--max-l1", type=float, metavar="X", help="the fewest tokens with a mean absolute error up to X")
-    decode = add("decode", _decode, "Decode a token archive into PNG files.")
-    _add_paths(decode, "a token archive")
-    imported = add("import-checkpoint", _import_checkpoint, "Read a checkpoint of the paper's own code.")
-    imported.add_argument("file", help="a .pth or .safetensors file")
-    imported.add_argument("--base", required=True, choices=["vqgan", "vae"], help="its base tokenizer")
-    size = imported.add_mutually_exclusive_group()
-    size.add_argument("--size", default="alit_small", help="its size's name (default: alit_small)")
-    size.add_argument("--config", metavar="JSON", help="a file with the paper's own argument names, for another size")
-    imported.add_argument("--output", required=True, help="a folder; made if missing")
+    promote = add_config("promote", _promote, "Make the challenger, or a version, the champion.")
+    promote.add_argument("--version", type=int, metavar="N", help="this version of the registered model")
+    add_config("rollback", _rollback, "Return to the champion before this one.")
+    gc = add_config("gc", _gc, "List artifacts that no plan, run or registered model refers to.")
+    gc.add_argument("--delete", action="store_true", help="remove them")
+    gc.add_argument("--keep-runs", type=int, metavar="N", help="of runs, only the newest N count (default: all)")
+    add_model_commands(add)
     return parser
 
 
@@ -116,13 +111,7 @@ def _add_stages(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="append", default=[], metavar="STAGE", help="run a stage again if it stands")
 
 
-def _add_paths(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--model", required=True, help="a tokenizer's folder, starter, or models:/NAME@ALIAS")
-    parser.add_argument("--input", required=True, help=what)
-    parser.add_argument("--output", required=True, help="a folder; made if missing")
-
-
-def _config(options: argparse.Namespace) -> "RunConfig":
+def _config(options: argparse.Namespace) -> "AnyConfig":
     """The config, after what it says of buckets counts here, and its workspace, if in one, is known to be there."""
     from components import buckets
     from pipelines.config import load_config
@@ -130,16 +119,16 @@ def _config(options: argparse.Namespace) -> "RunConfig":
     config = load_config(options.config, options.set)
     buckets.use(config.s3)
     if buckets.is_bucket(config.workspace):
-        with _user_errors():
+        with user_errors():
             buckets.check(config.workspace, "workspace")
     return config
 
 
 def _run(options: argparse.Namespace) -> int:
     from components.artifacts import WorkspaceError
+    from pipelines.build import build, options_of
     from pipelines.runner import run
-    from pipelines.summary import lines_of
-    from pipelines.train import build, options_of
+    from pipelines.summary import lines_of, lines_of_refusal
 
     config = _config(options)
     pipeline = build(config)
@@ -152,7 +141,8 @@ def _run(options: argparse.Namespace) -> int:
             options=options_of(config, pipeline, force=options.force, until=options.until),
         )
     except WorkspaceError as error:
-        _out.error("error: %s", error)
+        for line in lines_of_refusal(error):
+            _out.error("%s", line)
         return 1
     for line in lines_of(record):
         _out.info("%s", line)
@@ -194,37 +184,88 @@ def _known_stage(names: Sequence[str], name: str) -> None:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    from pipelines.dag import plan
-    from pipelines.summary import table
-    from pipelines.train import build
+    from pipelines.build import build
 
     config = _config(options)
     pipeline = build(config)
     for name in options.force:
         _known_stage(pipeline.names, name)
-    planned = plan(pipeline, config.workspace, tuple(options.force))
+    return _say_plan(pipeline, config.workspace, tuple(options.force))
+
+
+def _say_plan(pipeline: "Pipeline", workspace: str, force: tuple[str, ...]) -> int:
+    from pipelines.dag import plan
+    from pipelines.summary import table
+
+    planned = plan(pipeline, workspace, force)
     rows = [(one.stage.name, one.key, one.state, one.reason) for one in planned]
     for line in table(("stage", "key", "state", "why"), rows):
         _out.info("%s", line)
+    for name, fact in pipeline.facts.items():
+        _out.info("%-10s %s", name, fact)
     _out.info("%d of %d stages would run", sum(one.state == "run" for one in planned), len(planned))
     return 0
 
 
+def _sweep(options: argparse.Namespace) -> int:
+    from components.artifacts import WorkspaceError
+    from pipelines.build import build, options_of
+    from pipelines.runner import run
+    from pipelines.summary import lines_of
+    from pipelines.sweep import COMPARE, build_sweep, comparison_lines
+
+    config = _config(options)
+    pipeline = build_sweep(options.config, options.set)
+    if options.plan:
+        return _say_plan(pipeline, config.workspace, ())
+    try:
+        record = run(pipeline, workspace=config.workspace, options=options_of(config, build(config)))
+    except WorkspaceError as error:
+        _out.error("error: %s", error)
+        return 1
+    compared = comparison_lines(record[COMPARE].uri) if record.exit_code == 0 else ()
+    for line in (*lines_of(record), "", *compared):
+        _out.info("%s", line)
+    return record.exit_code
+
+
 def _graph(options: argparse.Namespace) -> int:
-    from pipelines.train import build
+    from pipelines.build import build
 
     _out.info("%s", build(_config(options)).mermaid().rstrip())
     return 0
 
 
 def _status(options: argparse.Namespace) -> int:
+    from pipelines.build import build
     from pipelines.summary import status_rows, table
-    from pipelines.train import build
 
     config = _config(options)
     headings = ("stage", "key", "state", "made", "size", "figures", "MLflow run")
     for line in table(headings, status_rows(build(config), config.workspace)):
         _out.info("%s", line)
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from pipelines.build import build
+    from pipelines.page import find_page, local_copy
+
+    config = _config(options)
+    found = find_page(build(config), config.workspace)
+    if found is None:
+        _out.error("error: no report in %s yet: alit run %s", config.workspace, options.config)
+        return 1
+    if not found.current:
+        logging.getLogger(__name__).info(
+            f"the config or its data changed since; `alit run {options.config}` makes a new one"
+        )
+    _say(found.uri)
+    if options.open:
+        import webbrowser
+        from pathlib import Path
+
+        webbrowser.open(Path(local_copy(found.uri)).as_uri())
     return 0
 
 
@@ -238,73 +279,30 @@ def _select(options: argparse.Namespace) -> int:
     return 0
 
 
-def _encode(options: argparse.Namespace) -> int:
-    from components.codec import EncodeRequest, encode_folder
-    from components.config import RuleConfig
-    from components.registry import registered_rules, resolve_model
-    from components.rules import HEADS
+def _promote(options: argparse.Namespace) -> int:
+    from pipelines.promotion import promote
 
-    with _user_errors():
-        model = resolve_model(options.model)
-    rule: RuleConfig | int
-    if options.tokens is not None:
-        rule = options.tokens
-    elif options.max_l1 is not None:
-        rule = RuleConfig(kind="threshold", metric="l1", max=options.max_l1)
-    else:
-        rules = registered_rules(model)
-        if options.task not in rules:
-            raise ConfigError(f"--task {options.task!r}: the model has rules for {sorted(rules)}")
-        rule = rules[options.task]
-    with _user_errors():
-        head = str(Path(model) / HEADS / str(options.task))
-        figures = encode_folder(EncodeRequest(model, options.input, options.output, rule, head), _progress)
-    _out.info(
-        "%d images, %d rejected, %.1f tokens a mean image -> %s",
-        *(figures[name] for name in ("images", "rejected", "mean_tokens")),
-        options.output,
-    )
-    return 0
+    return _say_all(promote(_config(options), options.version))
 
 
-def _decode(options: argparse.Namespace) -> int:
-    from components.artifacts import exists, join
-    from components.codec import decode_archive
-    from components.registry import resolve_model
+def _rollback(options: argparse.Namespace) -> int:
+    from pipelines.promotion import rollback
 
-    if not exists(join(options.input, "tokenizer.json")):
-        raise ConfigError(f"--input {options.input!r}: a token archive (a folder with tokenizer.json) is needed")
-    with _user_errors():
-        figures = decode_archive(resolve_model(options.model), options.input, options.output, _progress)
-    _out.info("%d images -> %s", figures["images"], options.output)
-    return 0
+    return _say_all(rollback(_config(options)))
 
 
-def _import_checkpoint(options: argparse.Namespace) -> int:
-    from model.official import load_official
+def _gc(options: argparse.Namespace) -> int:
+    from components.artifacts import WorkspaceError
+    from pipelines.garbage import collect
 
-    for file in (options.file, *([options.config] if options.config else [])):
-        if not Path(file).is_file():
-            raise ConfigError(f"{file!r}: no such file")
-    with _user_errors():
-        config = json.loads(Path(options.config).read_text()) if options.config else options.size
-        tokenizer = load_official(options.file, config, base=options.base)
-    if tokenizer.config.base.kind != options.base:
-        raise ConfigError(f"--base {options.base!r}: {options.config} says {tokenizer.config.base.kind!r}")
-    tokenizer.save(options.output)
-    millions = sum(parameter.numel() for parameter in tokenizer.parameters()) / 1e6
-    _out.info("%s base, %.1f M parameters -> %s", options.base, millions, options.output)
-    return 0
-
-
-def _progress(line: str) -> None:
-    logging.getLogger(__name__).info("%s", line)
-
-
-@contextmanager
-def _user_errors() -> Iterator[None]:
-    """What a component says is wrong with its input is the user's to mend."""
     try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        raise ConfigError(str(error)) from error
+        return _say_all(collect(_config(options), delete=options.delete, keep_runs=options.keep_runs))
+    except WorkspaceError as error:
+        _out.error("error: %s", error)
+        return 1
+
+
+def _say_all(lines: Iterable[str]) -> int:
+    for line in lines:
+        _say(line)
+    return 0

@@ -5,11 +5,12 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 from components import buckets
 from components.artifacts import WorkspaceError
-from components.config import RaySettings
+from components.config import ClusterSize, RaySettings
 from pipelines.dag import Demand, Stage
 
 ENVIRONMENT = {
@@ -19,7 +20,7 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-MIB = 1 << 20
+MIB, GIB = 1 << 20, 1 << 30
 EPSILON = 1e-6
 
 
@@ -91,7 +92,10 @@ def stage_environment() -> dict[str, str]:
 
 
 def check_demand(stages: Iterable[Stage], have: Mapping[str, float]) -> None:
-    """Whether each stage fits a cluster with resources ``have`` (CPU, GPU). Raises DemandError for all that don't."""
+    """Whether each stage fits a cluster with resources ``have`` (CPU, GPU, memory in bytes).
+
+    Raises DemandError that names all that don't.
+    """
     problems = [text for stage in stages for text in _problems(stage, have)]
     if problems:
         raise DemandError("\n".join(problems))
@@ -103,36 +107,66 @@ def fits(demand: Demand, running: Iterable[Demand], have: Mapping[str, float]) -
     Two stages that fit one by one and not together would each hold what the other waits for.
     """
     everyone = [demand, *running]
-    cpus = sum(one.cpus for one in everyone) + max(one.data_cpus for one in everyone)
-    gpus = sum(one.gpus for one in everyone)
-    alone = len(everyone) == 1
-    return alone or (cpus <= have.get("CPU", 0.0) + EPSILON and gpus <= have.get("GPU", 0.0) + EPSILON)
+    if len(everyone) == 1:
+        return True
+    data = max(one.data_cpus for one in everyone)
+    return all(
+        sum(getattr(one, kind.demand) for one in everyone) + (data if kind is CPU else 0) <= kind.of(have) + EPSILON
+        for kind in KINDS
+    )
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Something a cluster has so much of."""
+
+    demand: str  # field of Demand
+    setting: str  # what the config calls a worker's share, without "_per_worker"
+    unit: str  # of a demand, for people
+    per_unit: float = 1.0  # of the setting's in one of the demand's
+
+    def of(self, have: Mapping[str, float]) -> float:
+        """How much of it there is."""
+        return have.get("memory", 0.0) / GIB if self.demand == "memory_gb" else have.get(self.unit, 0.0)
+
+
+BIGGER = "use a bigger cluster (if it grows by itself, ray.grows_to says how far)"
+CPU = _Kind("cpus", "cpus", "CPU")
+KINDS = (CPU, _Kind("gpus", "gpus", "GPU"), _Kind("memory_gb", "memory_mb", "GiB", 1024.0))
+
+
+def grown(have: Mapping[str, float], to: ClusterSize) -> dict[str, float]:
+    """The resources of a cluster when its autoscaler has made it as large as it may be."""
+    limits = {"CPU": to.cpus, "GPU": to.gpus, "memory": to.memory_gb * GIB}
+    return {**have, **{name: max(limit, have.get(name, 0.0)) for name, limit in limits.items()}}
 
 
 def _problems(stage: Stage, have: Mapping[str, float]) -> Iterator[str]:
-    yield from _problem(stage, "cpu", have.get("CPU", 0.0))
-    yield from _problem(stage, "gpu", have.get("GPU", 0.0))
+    for kind in KINDS:
+        yield from _problem(stage, kind, kind.of(have))
 
 
-def _problem(stage: Stage, kind: str, have: float) -> Iterator[str]:
+def _problem(stage: Stage, kind: _Kind, have: float) -> Iterator[str]:
     demand = stage.demand
-    wanted, data = (demand.cpus, demand.data_cpus) if kind == "cpu" else (demand.gpus, 0.0)
+    wanted: float = getattr(demand, kind.demand)
+    data = demand.data_cpus if kind is CPU else 0.0
     if wanted + data <= have + EPSILON:
         return
     units = f"{demand.workers} {demand.unit}s x {wanted / demand.workers:g}" if demand.workers > 1 else f"{wanted:g}"
-    sum_of = f"{units} {kind.upper()}" + (f" + {data:g} for Ray Data" if data else "")
-    total = f" = {wanted + data:g} {kind.upper()}s" if data or demand.workers > 1 else ""
+    sum_of = f"{units} {kind.unit}" + (f" + {data:g} for Ray Data" if data else "")
+    plural = "" if kind.unit == "GiB" else "s"
+    total = f" = {wanted + data:g} {kind.unit}{plural}" if data or demand.workers > 1 else ""
     advice = _advice(demand, kind, wanted, have - data)
-    yield f"{stage.name} wants {sum_of}{total}, the cluster has {have:g}: {advice}"
+    yield f"{stage.name} wants {sum_of}{total}, the cluster has {have:.4g}: {advice}"
 
 
-def _advice(demand: Demand, kind: str, wanted: float, free: float) -> str:
-    """What would fit in ``free`` CPUs or GPUs."""
+def _advice(demand: Demand, kind: _Kind, wanted: float, free: float) -> str:
+    """What would fit in ``free`` CPUs, GPUs or GiB."""
     section = f"{demand.setting}." if demand.setting else ""
     each = wanted / demand.workers
     choices = []
     if demand.workers > 1 and each and free >= each:
         choices.append(f"{section}{demand.unit}s={math.floor(free / each + EPSILON)}")
     if wanted and (share := math.floor(100 * free / demand.workers + EPSILON) / 100) > 0:
-        choices.append(f"{section}{kind}s_per_{demand.unit}={share:g}")
-    return f"set {' or '.join(choices)}, or use a bigger cluster" if choices else "use a bigger cluster"
+        choices.append(f"{section}{kind.setting}_per_{demand.unit}={share * kind.per_unit:.6g}")
+    return f"set {' or '.join(choices)}, or {BIGGER}" if choices else BIGGER

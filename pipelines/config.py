@@ -1,15 +1,19 @@
 """One YAML file a run: typed, and checked before any work starts."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, ValidationError, ValidationInfo, model_validator
 
+from components.analyze.settings import AnalyzeConfig, SweepConfig
 from components.config import (
     DataConfig,
+    DriftConfig,
     InferenceResources,
     IngestConfig,
     IngestResources,
@@ -17,25 +21,40 @@ from components.config import (
     MlflowSettings,
     OptimizerConfig,
     PackConfig,
+    PromoteConfig,
     PublishConfig,
     QualityConfig,
     RaySettings,
+    ReportConfig,
     S3Settings,
     Settings,
+    TablesConfig,
     TrainConfig,
     TrainResources,
 )
+from components.rules import columns_of
 from components.sources import DEMO
 from components.task_config import TaskConfig
 from model.config import SIZES, AlitConfig, BaseObjectiveConfig, DistillConfig
 from model.recipes import FinetuneConfig
 from model.starter import STARTER_NAME
+from pipelines.paths import absolute, with_analysis_paths
 
 READY = Path(__file__).parent / "configs"
+MODEL = re.compile(r"models:/(?P<name>[A-Za-z0-9_.-]+)(@[A-Za-z0-9_.-]+|/[1-9][0-9]*)")
 
 
 class ConfigError(ValueError):
     """A config or argument is wrong; the message names field, value and what is allowed."""
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """What a component says is wrong with its input is the user's to mend."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise ConfigError(str(error)) from error
 
 
 class IngestSection(IngestConfig, IngestResources):
@@ -114,20 +133,21 @@ class TrainingSection(TrainResources):
             raise ValueError("finetune = {…}: none with strategy = 'fsdp'; its two players need whole weights")
 
 
-class RunConfig(Settings):
-    """Everything one run needs to know."""
+class PublishSection(PublishConfig, PromoteConfig):
+    """What is registered, and what becomes the champion."""
+
+
+class PipelineConfig(Settings):
+    """What every pipeline needs to know."""
 
     workspace: str
     data: DataConfig
     ingest: IngestSection = IngestSection()
-    tokenizer: AlitConfig
-    training: TrainingSection
     inference: InferenceResources = InferenceResources()
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     pack: PackConfig = PackConfig()
     quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults
     matrix: MatrixConfig | None = MatrixConfig()
-    publish: PublishConfig = PublishConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()
     s3: S3Settings = S3Settings()
@@ -135,7 +155,7 @@ class RunConfig(Settings):
     wait_s: NonNegativeFloat = 0.0  # for another run of the workspace to end
 
     @model_validator(mode="after")
-    def _task_names_differ(self) -> "RunConfig":
+    def _task_names_differ(self) -> "PipelineConfig":
         names = [task.name for task in self.tasks]
         if len(set(names)) < len(names):
             raise ValueError(f"tasks: the names {names} must differ")
@@ -152,9 +172,75 @@ class RunConfig(Settings):
         raise ConfigError(f"--task {name!r}: allowed are {[task.name for task in self.tasks]}")
 
 
-def load_config(path: str, overrides: Sequence[str] = (), *, folders_exist: bool = True) -> RunConfig:
-    """The run config in ``path`` (a file, or the name of a ready one) with ``key.path=value`` overrides.
+class RunConfig(PipelineConfig):
+    """Everything a run of the train pipeline needs to know."""
 
+    tokenizer: AlitConfig
+    training: TrainingSection
+    analyze: AnalyzeConfig | None = None  # none: no such stage; {} takes the defaults
+    sweep: SweepConfig | None = None  # what `alit sweep` runs and compares
+    report: ReportConfig = ReportConfig()
+    publish: PublishSection = PublishSection()
+
+    @model_validator(mode="after")
+    def _gate_can_be_measured(self) -> "RunConfig":
+        gate = self.publish.gate
+        if gate is None:
+            return self
+        columns = list(dict.fromkeys(name for task in self.tasks for name in columns_of(task)))
+        if gate.metric not in columns:
+            raise ValueError(f"publish.gate.metric = {gate.metric!r}: allowed are {columns}")
+        if gate.budget not in self.tokenizer.budgets:
+            raise ValueError(f"publish.gate.budget = {gate.budget}: allowed are {list(self.tokenizer.budgets)}")
+        return self
+
+
+class RerunConfig(PipelineConfig):
+    """Everything a rerun with a registered model needs to know; the model brings image size and budgets."""
+
+    model: str  # models:/NAME@ALIAS or models:/NAME/VERSION
+    drift: DriftConfig | None = DriftConfig()
+    publish: TablesConfig = TablesConfig()
+
+    @model_validator(mode="after")
+    def _model_is_registered(self) -> "RerunConfig":
+        if not MODEL.fullmatch(self.model):
+            raise ValueError(f"model = {self.model!r}: models:/NAME@ALIAS or models:/NAME/VERSION is needed")
+        return self
+
+    @model_validator(mode="after")
+    def _scores_decide(self) -> "RerunConfig":
+        for number, task in enumerate(self.tasks):
+            rules = {"rule": task.rule, **{f"rules.{at}": rule for at, rule in enumerate(task.rules)}}
+            for place, rule in rules.items():
+                if rule.kind == "predicted":
+                    raise ValueError(
+                        f"tasks.{number}.{place}.kind = 'predicted': a rerun has the true scores; take 'threshold'"
+                    )
+        return self
+
+    @property
+    def model_name(self) -> str:
+        """The registered model's name."""
+        found = MODEL.fullmatch(self.model)
+        assert found is not None
+        return found["name"]
+
+
+AnyConfig: TypeAlias = RunConfig | RerunConfig
+
+
+def to_yaml(config: AnyConfig) -> str:
+    """``config`` in full, as :func:`load_config` takes it."""
+    raw = config.model_dump(mode="json", by_alias=True)
+    raw.get("tokenizer", {}).pop("image_size", None)  # it is data.image_size
+    return yaml.safe_dump(raw, sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str, overrides: Sequence[str] = (), *, folders_exist: bool = True) -> AnyConfig:
+    """The config in ``path`` (a file, or the name of a ready one) with ``key.path=value`` overrides.
+
+    With ``model`` in it, it is one of a rerun, else of a training.
     ``folders_exist``: whether the folders it names must be there; not so for a run that another machine will do.
     Raises ConfigError.
     """
@@ -162,8 +248,9 @@ def load_config(path: str, overrides: Sequence[str] = (), *, folders_exist: bool
     for override in overrides:
         _override(raw, override)
     try:
-        checked = _with_paths(_with_sizes(raw))
-        return RunConfig.model_validate(checked, context={"folders_exist": folders_exist})
+        checked = _with_paths(_rerun(raw) if "model" in raw else _with_sizes(raw))
+        kind: type[AnyConfig] = RerunConfig if "model" in raw else RunConfig
+        return kind.model_validate(checked, context={"folders_exist": folders_exist})
     except ValidationError as error:
         raise ConfigError(f"{path}: " + "\n".join(_lines(error))) from error
 
@@ -218,10 +305,13 @@ def _with_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
     data, tasks = raw.get("data"), raw.get("tasks")
     source = data.get("source") if isinstance(data, dict) else None
     if isinstance(data, dict) and isinstance(source, str) and source != DEMO and "://" not in source:
-        made["data"] = {**data, "source": _absolute(source)}
+        made["data"] = {**data, "source": absolute(source)}
     quality = raw.get("quality")
     if isinstance(quality, dict) and isinstance(quality.get("inception"), str):
-        made["quality"] = {**quality, "inception": _absolute(quality["inception"])}
+        made["quality"] = {**quality, "inception": absolute(quality["inception"])}
+    analyze = raw.get("analyze")
+    if isinstance(analyze, dict):
+        made["analyze"] = with_analysis_paths(analyze)
     if isinstance(tasks, list):
         made["tasks"] = [_with_task_paths(task) if isinstance(task, dict) else task for task in tasks]
     return made
@@ -231,16 +321,23 @@ def _with_task_paths(task: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(task)
     kind, _, place = str(task.get("judge", "")).partition(":")
     if kind in ("torchscript", "onnx"):
-        made["judge"] = f"{kind}:{_absolute(place)}"
+        made["judge"] = f"{kind}:{absolute(place)}"
     for section, name in (("judge_options", "classes"), ("perceptual", "weights")):
         values = task.get(section)
         if isinstance(values, dict) and isinstance(values.get(name), str):
-            made[section] = {**values, name: _absolute(values[name])}
+            made[section] = {**values, name: absolute(values[name])}
     return made
 
 
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute()) if path else path
+def _rerun(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A rerun's config as it is; raises ConfigError for what the registered model decides."""
+    for section in ("tokenizer", "training"):
+        if section in raw:
+            raise ConfigError(f"{section}: a config with a model is a rerun's, which trains nothing; leave out one")
+    data = raw.get("data")
+    if isinstance(data, dict) and "image_size" in data:
+        raise ConfigError(f"data.image_size = {data['image_size']!r}: leave it out, the registered model brings it")
+    return raw
 
 
 def _with_sizes(raw: Mapping[str, Any]) -> dict[str, Any]:

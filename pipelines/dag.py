@@ -28,10 +28,11 @@ class Demand:
 
     cpus: float = 0.0  # held by Train workers or actors for as long as the stage runs, all of them together
     gpus: float = 0.0
+    memory_gb: float = 0.0  # set aside for them, GiB
     data_cpus: float = 0.0  # must be free beside those for Ray Data, else it waits for ever without a word
     _: KW_ONLY
     # The rest only words the message for when it doesn't fit: "set training.workers=1 or training.cpus_per_worker=0.5".
-    workers: int = 1  # how many share cpus and gpus
+    workers: int = 1  # how many share cpus, gpus and memory
     unit: str = "worker"  # what one of them is called, "actor" for example
     setting: str = ""  # config section that has `workers` and `cpus_per_worker`, such as "training"
 
@@ -71,6 +72,7 @@ class Pipeline:
 
     name: str
     stages: tuple[Stage, ...]
+    facts: Mapping[str, str] = field(default_factory=dict)  # what was found out while planning, for a person
 
     def __post_init__(self) -> None:
         _check_names(self)
@@ -111,7 +113,7 @@ class Pipeline:
             needs = set(queue.pop().needs.values()) - wanted
             wanted |= needs
             queue += [self[need] for need in needs]
-        return Pipeline(self.name, tuple(stage for stage in self.stages if stage.name in wanted))
+        return replace(self, stages=tuple(stage for stage in self.stages if stage.name in wanted))
 
     def mermaid(self) -> str:
         """The graph as mermaid text."""
@@ -218,11 +220,18 @@ def _differences(stage: Stage, inputs: Mapping[str, str], old: Manifest) -> Iter
     if old.code != stage.version:
         yield f"code version {old.code} -> {stage.version}"
     yield from _config_differences(old.config, json.loads(stage.config.model_dump_json()))
-    if _flat(old.fingerprint) != _flat(json.loads(json.dumps(dict(stage.fingerprint)))):
-        yield "source changed"
+    yield from _fingerprint_differences(old.fingerprint, json.loads(json.dumps(dict(stage.fingerprint))))
     for argument in sorted({*inputs, *old.inputs}):
         if inputs.get(argument) != old.inputs.get(argument):
             yield f"input {argument} changed ({stage.needs.get(argument, 'no longer read')})"
+
+
+def _fingerprint_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:
+    before, after = _flat(old), _flat(new)
+    for name in sorted({*before, *after}):
+        if before.get(name) != after.get(name):
+            told = f"{str(before.get(name))[:12]} -> {str(after.get(name))[:12]}"
+            yield "source changed" if name == "listing" else f"{name} {told}"
 
 
 def _config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str]:

@@ -1,21 +1,32 @@
 """What stages take of the cluster, and which of them makes the tokenizer."""
 
-from pipelines.config import RunConfig
+from dataclasses import dataclass
+
+from pipelines.config import PipelineConfig, RunConfig
 from pipelines.dag import Demand
 
 
-def tokenizer_stage(config: RunConfig) -> str:
-    """The stage that makes the Tokenizer everything after it uses."""
-    return "finetune" if config.training.finetune else "distill"
+@dataclass(frozen=True)
+class TokenizerStage:
+    """The stage that makes the Tokenizer everything after it uses, and what is known of it beforehand."""
+
+    name: str
+    budgets: tuple[int, ...]
 
 
-def inference_demand(config: RunConfig, actors: int | None = None) -> Demand:
-    """What a stage of inference actors takes."""
+def trained(config: RunConfig) -> TokenizerStage:
+    """The last stage of training."""
+    return TokenizerStage("finetune" if config.training.finetune else "distill", config.tokenizer.budgets)
+
+
+def inference_demand(config: PipelineConfig, actors: int | None = None) -> Demand:
+    """What a stage of inference actors takes; a pool with a range, the least it begins with."""
     inference = config.inference
-    actors = inference.actors if actors is None else actors
+    actors = inference.actor_range.min if actors is None else actors
     return Demand(
         cpus=actors * inference.cpus_per_actor,
         gpus=actors * inference.gpus_per_actor,
+        memory_gb=actors * inference.memory_mb_per_actor / 1024,
         workers=actors,
         unit="actor",
         setting="inference",
@@ -29,6 +40,7 @@ def training_demand(config: RunConfig) -> Demand:
     return Demand(
         cpus=least * training.cpus_per_worker,
         gpus=least * training.gpus_per_worker,
+        memory_gb=least * training.memory_mb_per_worker / 1024,
         workers=least,
         setting="training",
     )

@@ -7,7 +7,9 @@ at any moment leaves finished artifacts and drafts, and the next one begins by d
 import logging
 import signal
 import time
+import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from graphlib import TopologicalSorter
 from typing import Any
@@ -169,14 +171,21 @@ class Execution:
             time.sleep(timeout_s)
         self._show_progress()
         for ref in done:
-            self._settle(self.running.pop(ref), self._outcome(ref))
+            attempt = self.running.pop(ref)
+            self._settle(attempt, self._outcome(ref, attempt))
 
-    def _outcome(self, ref: Any) -> Outcome:
+    def _outcome(self, ref: Any, attempt: Attempt) -> Outcome:
         try:
             outcome: Outcome = self.ray.get(ref)
             return outcome
         except Exception as error:  # the process died, or what it wanted to say did not survive the way
+            self._write_trace(attempt, error)
             return Outcome(failure=diagnose(error))
+
+    def _write_trace(self, attempt: Attempt, error: Exception) -> None:
+        """To the stage's log, whose process can't any more; a disk that is full must not hide why."""
+        with suppress(OSError), open(self.context.log(attempt.name), "a", encoding="utf-8") as log:
+            log.write("".join(traceback.format_exception(error)))
 
     def _settle(self, attempt: Attempt, outcome: Outcome) -> None:
         """Commit, retry, or give up."""
@@ -200,6 +209,7 @@ class Execution:
             attempt.draft.commit(self._manifest(attempt, outcome))
             return None
         except OSError as error:
+            self._write_trace(attempt, error)
             return diagnose(error)
 
     def _manifest(self, attempt: Attempt, outcome: Outcome) -> Manifest:

@@ -18,17 +18,22 @@ from components.task_config import (
 )
 from model.recipes import PerceptualConfig
 from model.weights import efficientnet_weights, perceptual_weights
-from pipelines.config import ConfigError, RunConfig
+from pipelines.config import ConfigError, PipelineConfig, RunConfig
 from pipelines.dag import Stage
-from pipelines.demands import inference_demand, tokenizer_stage, training_demand
+from pipelines.demands import TokenizerStage, inference_demand, training_demand
 
 
-def judging_stages(config: RunConfig) -> list[Stage]:
-    """``judge.<task>`` for each task with a judge, and ``score``; raises ConfigError for a file that isn't there."""
+def judge_stages(config: RunConfig) -> list[Stage]:
+    """``judge.<task>`` for each task with a judge; raises ConfigError for a file that isn't there."""
     try:
-        return [_judge(config, task) for task in config.tasks if task.judge != "none"] + [_score(config)]
+        return [_judge(config, task) for task in config.tasks if task.judge != "none"]
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def judges_of(config: PipelineConfig) -> dict[str, str]:
+    """The judges as inputs of a stage."""
+    return {f"judge_{task.name}": f"judge.{task.name}" for task in config.tasks if task.judge != "none"}
 
 
 def _judge(config: RunConfig, task: TaskConfig) -> Stage:
@@ -72,8 +77,15 @@ def _digest(path: str) -> str:
         raise ValueError(f"tasks: {path!r} can't be read: {error.strerror}") from error
 
 
-def _score(config: RunConfig) -> Stage:
-    smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
+def score_stage(config: PipelineConfig, tokenizer: TokenizerStage) -> Stage:
+    """``score``, of all tasks; raises ConfigError for a file that isn't there."""
+    try:
+        return _score(config, tokenizer)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _score(config: PipelineConfig, tokenizer: TokenizerStage) -> Stage:
     asked = {metric for task in config.tasks for metric in task.pixel_metrics}
     metrics = tuple(metric for metric in PIXEL_METRICS if metric in asked)
     judged = [task for task in config.tasks if task.kind != "reconstruction"]
@@ -94,13 +106,13 @@ def _score(config: RunConfig) -> Stage:
         needs={
             "images": "ingest",
             "codes": "tokenize",
-            "tokenizer": tokenizer_stage(config),
-            **{f"judge_{task.name}": f"judge.{task.name}" for task in config.tasks if task.judge != "none"},
+            "tokenizer": tokenizer.name,
+            **judges_of(config),
         },
         fingerprint={
             **{task.kind: source_digest(task.kind) for task in judged if _is_own(task.kind)},
             **({"perceptual": _digest(str(weights))} if weights else {}),
         },
         demand=inference_demand(config),
-        headline=(*(f"{columns[0]}@{budget}" for budget in (smallest, largest)), "scored"),
+        headline=(*(f"{columns[0]}@{budget}" for budget in (tokenizer.budgets[0], tokenizer.budgets[-1])), "scored"),
     )

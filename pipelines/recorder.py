@@ -1,7 +1,7 @@
 """What a pipeline run leaves in MLflow: a parent run, a child per stage, reused ones included."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -9,6 +9,7 @@ import yaml
 
 from components import tracking
 from components.artifacts import Figures
+from components.software import lineage_tags
 from components.tracking import DataSet, Status, Store, Tracker
 from pipelines.dag import Planned
 
@@ -41,6 +42,32 @@ class StageRecord:
     mlflow_run_id: str = ""
 
 
+NEWS: Mapping[str, tuple[str, tuple[str, ...]]] = {  # name -> the stage that knows, its figures: the first it has
+    "added": ("ingest", ("added", "images")),
+    "changed": ("ingest", ("changed",)),
+    "removed": ("ingest", ("removed",)),
+    "encoded": ("tokenize", ("encoded", "images")),
+    "scored": ("score", ("scored", "images")),
+}
+
+
+def news_of(stages: Iterable[StageRecord]) -> dict[str, int]:
+    """How many images there are, and how many were added, changed, removed, encoded and scored in this run.
+
+    A reused stage did none of that. Stages that don't tell new images from old ones took all of them for new.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    news = {}
+    if "ingest" in by_name and "images" in by_name["ingest"].figures:
+        news["images"] = int(by_name["ingest"].figures["images"])
+    for name, (stage, figures) in NEWS.items():
+        found = by_name.get(stage)
+        told = [found.figures[figure] for figure in figures if found is not None and figure in found.figures]
+        if found is not None and told:
+            news[name] = int(told[0]) if found.state == "done" else 0
+    return news
+
+
 @dataclass(frozen=True)
 class RunRecord:
     """What became of a run."""
@@ -63,6 +90,11 @@ class RunRecord:
             return 128 + self.signal
         return 0 if self.state == "done" else 1
 
+    @property
+    def news(self) -> dict[str, int]:
+        """What of the images was new; see :func:`news_of`."""
+        return news_of(self.stages)
+
     def __getitem__(self, name: str) -> StageRecord:
         """The record of one stage; raises KeyError."""
         return {stage.name: stage for stage in self.stages}[name]
@@ -75,17 +107,21 @@ class Recorder:
         self.run_id = run_id
         self.numbers = {one.stage.name: number for number, one in enumerate(planned, 1)}
         name = f"{pipeline} {time.strftime('%Y-%m-%d %H:%M:%S')}"
-        self.parent = tracking.open_parent_run(
-            store, name, {"alit.run_id": run_id, "alit.pipeline": pipeline, "alit.state": "running"}
-        )
+        about = {"alit.run_id": run_id, "alit.pipeline": pipeline, "alit.state": "running"}
+        keys = {f"alit.key.{one.stage.name}": one.key for one in planned}
+        self.parent = tracking.open_parent_run(store, name, {**about, **lineage_tags(), **keys})
         self.children: dict[str, Tracker] = {}
+        self.data: DataSet | None = None
 
-    def describe(self, config: Mapping[str, Any], data: DataSet | None) -> None:
-        """The run's config as params and as a file, and the data it reads."""
+    def describe(self, config: Mapping[str, Any], data: DataSet | None, facts: Mapping[str, str]) -> None:
+        """The run's config as params and as a file, the data it reads, and what was found out while planning."""
         self.parent.params(config)
+        self.parent.tags({f"alit.{name}": fact for name, fact in facts.items()})
         self.parent.text(yaml.safe_dump(dict(config), sort_keys=False), "config.yaml")
+        self.data = data
         if data is not None:
             self.parent.data_set(data)
+            self.parent.tags({"alit.data_digest": data.digest})
 
     def started(self, planned: Planned) -> Tracker:
         """The child run of a stage that starts; of one that starts again, the same."""
@@ -93,6 +129,8 @@ class Recorder:
         if name not in self.children:
             self.children[name] = self._open(planned, {"alit.state": "running", "alit.reason": planned.reason})
             self.children[name].params(planned.stage.config.model_dump(mode="json"))
+            if self.data is not None and "images" in planned.stage.needs:
+                self.children[name].data_set(self.data)
         return self.children[name]
 
     def reused(self, planned: Planned) -> str:
@@ -122,6 +160,10 @@ class Recorder:
             child.close(status)
         self.children.clear()
         self.parent.metrics({f"seconds.{stage.name}": stage.seconds for stage in stages if stage.state == "done"})
+        self.parent.metrics({f"news/{name}": number for name, number in news_of(stages).items()})
+        for stage in stages:
+            self.parent.metrics({name: psi for name, psi in stage.figures.items() if name.startswith("psi.")})
+            self.parent.tags({"alit.drift": stage.figures["drift"]} if "drift" in stage.figures else {})
         states = {f"alit.state.{stage.name}": stage.state for stage in stages}
         errors = {f"alit.error.{stage.name}": stage.error for stage in stages if stage.error}
         self.parent.tags({"alit.state": status.lower(), **states, **errors})

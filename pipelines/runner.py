@@ -3,6 +3,7 @@
 import logging
 import tempfile
 import time
+import traceback
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,8 +14,8 @@ from typing import Any
 from components import tracking
 from components.artifacts import DRAFTS, join, remove
 from components.config import MlflowSettings, RaySettings
-from components.tracking import DataSet, Status, Store
-from pipelines.cluster import check_demand, cluster
+from components.tracking import DataSet, Status, Store, TrackingError
+from pipelines.cluster import ClusterError, check_demand, cluster, grown
 from pipelines.config import ConfigError
 from pipelines.dag import Pipeline, Planned, plan
 from pipelines.execution import Context, Execution
@@ -60,6 +61,7 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
         planned = plan(wanted, workspace, options.force)
         logs = _log_folder(workspace, run_id)
         with (
+            _traced(join(logs, "run.log")),
             _ray_for(planned, options, logs, stop) as (have, hosts),
             _recorder(store, wanted, run_id, planned, stop) as recorder,
         ):
@@ -77,7 +79,8 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
                 retries=options.retries,
                 backoff_s=options.backoff_s,
             )
-            _work(context, options, have)
+            recorder.describe(options.config, options.data_set, pipeline.facts)
+            _work(context, have)
             return _finish(context, wanted.name, store, started)
 
 
@@ -107,6 +110,17 @@ def _log_folder(workspace: str, run_id: str) -> str:
 
 
 @contextmanager
+def _traced(file: str) -> Iterator[None]:
+    """Write the trace of what keeps a run from beginning to ``file``: the terminal gets the cause alone."""
+    try:
+        yield
+    except (ClusterError, TrackingError) as error:
+        Path(file).write_text(tracking.redact(traceback.format_exc()))
+        error.trace = file
+        raise
+
+
+@contextmanager
 def _ray_for(
     planned: list[Planned], options: RunOptions, logs: str, stop: Stop
 ) -> Iterator[tuple[Mapping[str, float], int]]:
@@ -120,7 +134,7 @@ def _ray_for(
         import ray
 
         stop.listen()
-        have = ray.cluster_resources()
+        have = grown(ray.cluster_resources(), options.ray.grows_to)
         check_demand(to_run, have)
         yield have, len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
 
@@ -136,9 +150,8 @@ def _recorder(store: Store, pipeline: Pipeline, run_id: str, planned: list[Plann
         raise
 
 
-def _work(context: Context, options: RunOptions, have: Mapping[str, float]) -> None:
+def _work(context: Context, have: Mapping[str, float]) -> None:
     """Record what stands and run what doesn't."""
-    context.recorder.describe(options.config, options.data_set)
     for one in context.planned.values():
         if one.state == "stands" and one.manifest is not None:
             made, child = one.manifest, context.recorder.reused(one)

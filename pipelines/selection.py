@@ -1,32 +1,38 @@
-"""The stages from scores on: counts, packed tokens, whole-set quality, the matrix, and their publication."""
+"""The stages from scores on: counts, packed tokens, whole-set quality, the matrix; and what of them is published."""
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from components.config import LengthConfig, LengthStageConfig, MatrixStageConfig, NoConfig, RuleConfig
+from components.config import (
+    LengthConfig,
+    LengthStageConfig,
+    MatrixStageConfig,
+    NoConfig,
+    RuleConfig,
+)
 from components.rules import column
 from components.task_config import TaskConfig
-from pipelines.config import ConfigError, RunConfig
+from pipelines.config import ConfigError, PipelineConfig
 from pipelines.dag import Stage
-from pipelines.demands import inference_demand, tokenizer_stage
+from pipelines.demands import TokenizerStage, inference_demand
+from pipelines.judging import judges_of
 
 
-def stages_from_scores(config: RunConfig) -> list[Stage]:
+def stages_from_scores(config: PipelineConfig, tokenizer: TokenizerStage) -> list[Stage]:
     """What reads ``ingest``, ``tokenize`` and ``score``; raises ConfigError for what can't go together."""
     stages = []
     for task in config.tasks:
-        stages += [*_length(config, task), _select(task), _pack(config, task)]
-    stages += [*_quality(config), *_matrix(config)]
-    return [*stages, _publish(config, [stage.name for stage in stages])]
+        stages += [*_length(config, task, tokenizer), _select(task), _pack(config, task, tokenizer)]
+    return [*stages, *_quality(config, tokenizer), *_matrix(config)]
 
 
 def _predicted(task: TaskConfig) -> list[RuleConfig]:
     return [rule for rule in (task.rule, *task.rules) if rule.kind == "predicted"]
 
 
-def _length(config: RunConfig, task: TaskConfig) -> list[Stage]:
+def _length(config: PipelineConfig, task: TaskConfig, tokenizer: TokenizerStage) -> list[Stage]:
     """The stage that trains what ``task``'s predicted rules choose from, where it has any."""
     wanted = {(rule.metric, rule.length or LengthConfig()) for rule in _predicted(task)}
     if not wanted:
@@ -40,7 +46,7 @@ def _length(config: RunConfig, task: TaskConfig) -> list[Stage]:
         produces="LengthModel",
         config=LengthStageConfig(metric=metric, column=column(task, metric), length=length),
         resources=config.inference,
-        needs={"images": "ingest", "tokenizer": tokenizer_stage(config), "scores": "score"},
+        needs={"images": "ingest", "tokenizer": tokenizer.name, "scores": "score"},
         demand=inference_demand(config),
         headline=("train_images", "error", "error_of_the_mean"),
     )
@@ -61,7 +67,7 @@ def _select(task: TaskConfig) -> Stage:
     )
 
 
-def _pack(config: RunConfig, task: TaskConfig) -> Stage:
+def _pack(config: PipelineConfig, task: TaskConfig, tokenizer: TokenizerStage) -> Stage:
     return Stage(
         f"pack.{task.name}",
         run="components.pack:pack",
@@ -74,24 +80,24 @@ def _pack(config: RunConfig, task: TaskConfig) -> Stage:
             "codes": "tokenize",
             "scores": "score",
             "counts": f"select.{task.name}",
-            "tokenizer": tokenizer_stage(config),
+            "tokenizer": tokenizer.name,
         },
         headline=("tokens", "mean_bits", "mean_png_bits"),
     )
 
 
-def _quality(config: RunConfig) -> list[Stage]:
+def _quality(config: PipelineConfig, tokenizer: TokenizerStage) -> list[Stage]:
     """Whole-set quality, where the config asks for it."""
     if config.quality is None:
         return []
-    largest = config.tokenizer.budgets[-1]
+    largest = tokenizer.budgets[-1]
     stage = Stage(
         "quality",
         run="components.quality:quality",
         produces="Analysis",
         config=config.quality,
         resources=config.inference,
-        needs={"images": "ingest", "codes": "tokenize", "tokenizer": tokenizer_stage(config), **_counts(config)},
+        needs={"images": "ingest", "codes": "tokenize", "tokenizer": tokenizer.name, **counts_of(config)},
         fingerprint=_inception(config.quality.inception),
         demand=inference_demand(config),
         headline=("images", f"frechet_efficientnet@{largest}", f"kernel_efficientnet@{largest}"),
@@ -108,7 +114,7 @@ def _inception(file: str | None) -> dict[str, Any]:
     return {"inception": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
 
 
-def _matrix(config: RunConfig) -> list[Stage]:
+def _matrix(config: PipelineConfig) -> list[Stage]:
     """The criterion x task matrix, where the config asks for it."""
     if config.matrix is None:
         return []
@@ -119,37 +125,36 @@ def _matrix(config: RunConfig) -> list[Stage]:
         produces="Analysis",
         config=MatrixStageConfig(settings=config.matrix, criteria=criteria),
         resources=NoConfig(),
-        needs={"scores": "score", **_counts(config)},
+        needs={"scores": "score", **counts_of(config)},
         headline=("images", "mean_tokens", "best_under_own"),
     )
     return [stage]
 
 
-def _counts(config: RunConfig) -> dict[str, str]:
+def counts_of(config: PipelineConfig) -> dict[str, str]:
+    """The token counts of all tasks as inputs of a stage."""
     return {f"counts_{task.name}": f"select.{task.name}" for task in config.tasks}
 
 
-def _publish(config: RunConfig, made: Sequence[str]) -> Stage:
+def published(config: PipelineConfig, tokenizer: TokenizerStage, made: Sequence[Stage]) -> dict[str, str]:
+    """What of the stages ``made`` is published."""
     archives = {f"archive_{task.name}": f"pack.{task.name}" for task in config.tasks}
     lengths = {f"length_{task.name}": f"length.{task.name}" for task in config.tasks}
-    found = {"quality": "quality", "matrix": "matrix", **lengths}
-    optional = {argument: name for argument, name in found.items() if name in made}
-    judges = {f"judge_{task.name}": f"judge.{task.name}" for task in config.tasks if task.judge != "none"}
-    return Stage(
-        "publish",
-        run="components.publish:publish",
-        produces="Publication",
-        version="2",
-        config=config.publish,
-        resources=NoConfig(),
-        needs={
-            "images": "ingest",
-            "tokenizer": tokenizer_stage(config),
-            "scores": "score",
-            **_counts(config),
-            **archives,
-            **judges,
-            **optional,
-        },
-        headline=("model", "version"),
-    )
+    found = {
+        "quality": "quality",
+        "matrix": "matrix",
+        "drift": "drift",
+        "report": "report",
+        "analyze": "analyze",
+        **lengths,
+    }
+    names = {stage.name for stage in made}
+    return {
+        "images": "ingest",
+        "tokenizer": tokenizer.name,
+        "scores": "score",
+        **counts_of(config),
+        **archives,
+        **judges_of(config),
+        **{argument: name for argument, name in found.items() if name in names},
+    }

@@ -1,12 +1,13 @@
 """What a person reads at the terminal when a run has ended, and when they ask how things stand."""
 
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from components.artifacts import Figures, folder_bytes, join, read_manifest
+from components.artifacts import WorkspaceError, folder_bytes, join, read_manifest
 from pipelines.dag import Pipeline, newest_manifest
 from pipelines.recorder import RunRecord, StageRecord
+from pipelines.remedies import next_step
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
@@ -30,7 +31,7 @@ def clock(seconds: float) -> str:
     return f"{minutes}m{rest:02d}s" if minutes else f"{seconds:.1f}s"
 
 
-def figures_line(figures: Figures, names: Sequence[str]) -> str:
+def figures_line(figures: Mapping[str, float | int | str], names: Sequence[str]) -> str:
     """The figures called ``names``, those that are there."""
     return "  ".join(f"{name} {number(figures[name])}" for name in names if name in figures)
 
@@ -41,14 +42,30 @@ def lines_of(record: RunRecord) -> Iterator[str]:
     yield from table(("stage", "state", "time", "figures"), [_row(stage) for stage in record.stages])
     for stage in record.stages:
         if stage.state == "failed":
-            yield f"\n{stage.name} failed: {stage.error}\n  log: {_from_here(stage.log)}"
+            yield f"\n{stage.name} failed: {stage.error}"
+            yield f"  next: {next_step(stage.error)}"
+            yield f"  log:  {_from_here(stage.log)}"
+    if news := record.news:
+        yield f"\nimages  {news.pop('images', 0)}, of which in this run: {figures_line(news, list(news))}"
+    for stage in record.stages:
+        if "drift" in stage.figures and stage.figures["drift"] != "none":
+            yield f"drift:  {stage.figures['drift']}"
     yield f"\n{record.pipeline} {record.state} in {clock(record.seconds)}"
     yield f"artifacts   {_from_here(record.workspace)}"
+    for stage in record.stages:
+        if stage.name == "report" and stage.state in ("done", "reused"):
+            yield f"report      {_from_here(join(stage.uri, 'report.html'))}"
     yield f"MLflow run  {record.mlflow_run_id} in {_from_here(record.mlflow_uri)}"
     if record.mlflow_uri.startswith("sqlite"):
         yield f"look        mlflow ui --backend-store-uri {shlex.quote(_from_here(record.mlflow_uri))}"
-    if record.state == "failed":
-        yield "next        mend the cause and run the same command: finished stages are kept"
+
+
+def lines_of_refusal(error: WorkspaceError) -> Iterator[str]:
+    """Why a run didn't begin, or broke off: cause, next step, and the file with the trace where there is one."""
+    yield f"error: {error}"
+    if error.trace:
+        yield f"  next: {next_step(f'{type(error).__name__}: {error}')}"
+        yield f"  log:  {_from_here(error.trace)}"
 
 
 def _from_here(place: str) -> str:

@@ -1,8 +1,7 @@
 """The train pipeline: from a source of images to a registered tokenizer and the tokens that each task needs."""
 
 import hashlib
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from components.artifacts import join, read_bytes
@@ -14,43 +13,49 @@ from components.config import (
     IngestResources,
     IngestStageConfig,
     NoConfig,
+    PromoteConfig,
+    PublishConfig,
+    ReportResources,
+    ReportStageConfig,
 )
 from components.sources import open_source
-from components.tracking import DataSet
 from model.starter import model_folder
-from pipelines.config import ConfigError, RunConfig
+from pipelines.analyzing import analyzing_stages
+from pipelines.config import ConfigError, PipelineConfig, RunConfig, to_yaml
 from pipelines.dag import Demand, Pipeline, Stage
-from pipelines.demands import inference_demand, tokenizer_stage, training_demand
-from pipelines.judging import judging_stages
-from pipelines.runner import RunOptions
-from pipelines.selection import stages_from_scores
+from pipelines.demands import TokenizerStage, inference_demand, trained, training_demand
+from pipelines.judging import judge_stages, judges_of, score_stage
+from pipelines.selection import published, stages_from_scores
 
 
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
-    stages = [_ingest(config), _base(config), _distill(config), *_finetune(config), _tokenize(config)]
-    return Pipeline("train", (*stages, *judging_stages(config), *stages_from_scores(config)))
+    tokenizer = trained(config)
+    training = [_base(config), _distill(config), *_finetune(config)]
+    stages = [ingest_stage(config), *training, tokenize_stage(config, tokenizer)]
+    stages += [*judge_stages(config), score_stage(config, tokenizer), *stages_from_scores(config, tokenizer)]
+    stages += analyzing_stages(config, tokenizer)
+    stages.append(_report(config, tokenizer, [stage.name for stage in stages]))
+    return Pipeline("train", (*stages, _publish(config, published(config, tokenizer, stages)), _promote(config)))
 
 
-def options_of(
-    config: RunConfig, pipeline: Pipeline, *, force: Sequence[str] = (), until: str | None = None
-) -> RunOptions:
-    """How ``config`` wants ``pipeline`` run."""
-    data = config.data
-    digest = str(pipeline["ingest"].fingerprint["listing"])
-    return RunOptions(
-        force=tuple(force),
-        until=until,
-        retries=config.retries,
-        wait_s=config.wait_s,
-        ray=config.ray,
-        mlflow=config.mlflow,
-        config=config.model_dump(mode="json", by_alias=True),
-        data_set=DataSet(name=Path(data.source).name, digest=digest, source=data.source, counts={}),
+def _report(config: RunConfig, tokenizer: TokenizerStage, made: Sequence[str]) -> Stage:
+    """The page; it reads every artifact of the run, if only to say when it was made."""
+    named = {"images": "ingest", "tokenizer": tokenizer.name, "codes": "tokenize", "scores": "score"}
+    others = [name for name in made if name not in named.values()]
+    return Stage(
+        "report",
+        run="components.report:report",
+        produces="Report",
+        config=ReportStageConfig(settings=config.report, model_name=config.publish.model_name),
+        resources=ReportResources(run_config=to_yaml(config)),
+        needs={**named, **{name.replace(".", "_"): name for name in others}},
+        headline=("sections", "bytes"),
     )
 
 
-def _ingest(config: RunConfig) -> Stage:
+def ingest_stage(config: PipelineConfig) -> Stage:
+    """``ingest``; looks at the source's listing. Raises ConfigError when it can't be read."""
     try:
         digest = open_source(config.data).digest()
     except ValueError as error:
@@ -146,7 +151,8 @@ def _start(folder: str | None) -> dict[str, Any]:
         raise ConfigError(f"training.from = {folder!r}: no Tokenizer artifact can be read there: {error}") from error
 
 
-def _tokenize(config: RunConfig) -> Stage:
+def tokenize_stage(config: PipelineConfig, tokenizer: TokenizerStage) -> Stage:
+    """``tokenize``, with what ``tokenizer`` makes."""
     return Stage(
         "tokenize",
         run="components.tokenize_images:tokenize",
@@ -154,7 +160,35 @@ def _tokenize(config: RunConfig) -> Stage:
         version="2",
         config=NoConfig(),
         resources=config.inference,
-        needs={"images": "ingest", "tokenizer": tokenizer_stage(config)},
+        needs={"images": "ingest", "tokenizer": tokenizer.name},
         demand=inference_demand(config),
         headline=("images", "tokens", "encoded"),
+    )
+
+
+def _publish(config: RunConfig, needs: Mapping[str, str]) -> Stage:
+    section = config.publish
+    return Stage(
+        "publish",
+        run="components.publish:publish",
+        produces="Publication",
+        version="3",
+        config=PublishConfig(**{name: getattr(section, name) for name in PublishConfig.model_fields}),
+        resources=NoConfig(),
+        needs=needs,
+        headline=("model", "version"),
+    )
+
+
+def _promote(config: RunConfig) -> Stage:
+    """Whether what was registered becomes the champion: after it, so that each new version is asked about once."""
+    return Stage(
+        "promote",
+        run="components.score.gate:promote",
+        produces="Analysis",
+        config=PromoteConfig(gate=config.publish.gate),
+        resources=config.inference,
+        needs={"images": "ingest", "scores": "score", "publication": "publish", **judges_of(config)},
+        demand=inference_demand(config) if config.publish.gate else Demand(),
+        headline=("alias", "reason"),
     )

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, filesystem, join, write_bytes
-from components.config import IngestStageConfig
+from components.config import IngestResources, IngestStageConfig
 from components.image_files import BadImage
 from components.images import Prepared, encode_png, image_id, prepare
 from components.ingest.listing import DIGEST, digest, read_block
@@ -93,7 +93,7 @@ def choose_split(path: str, held_out: float) -> str:
     return "val" if number < held_out * 2**64 else "train"
 
 
-def make_parts(work: Work, num_blocks: int, *, tasks: int) -> Generator[Tally, None, None]:
+def make_parts(work: Work, num_blocks: int, resources: IngestResources) -> Generator[Tally, None, None]:
     """Tallies of shrunk parts and decoded blocks as they are done, in any order; closing it ends what still runs."""
     import ray.data
 
@@ -107,8 +107,9 @@ def make_parts(work: Work, num_blocks: int, *, tasks: int) -> Generator[Tally, N
         done = ray.data.range(number, override_num_blocks=min(number, MAX_TASKS)).map(
             _make_part,
             fn_args=(work,),
-            compute=ray.data.TaskPoolStrategy(size=min(tasks, number)),
+            compute=ray.data.TaskPoolStrategy(size=min(resources.tasks, number)),
             num_cpus=1,
+            memory=resources.memory_mb_per_task << 20 or None,  # bytes
             ray_remote_args_fn=_remote_args,
         )
     for row in done.iter_rows():

@@ -55,7 +55,7 @@ def ingest(job: Job, *, config: IngestStageConfig, resources: IngestResources) -
             link_files(join(base.uri, table), join(job.output, table), names)
     shrunk = [Shrunk(Tally.of_row(row), bytes(changes.gone[row["part"]])) for row in losing.to_pylist()]
     work = Work(source, config, job.output, base.next_part, base.uri, shrunk)
-    made = _make(job, work, -(-changes.to_decode // resources.files_per_block), changes, tasks=resources.tasks)
+    made = _make(job, work, -(-changes.to_decode // resources.files_per_block), changes, resources)
     remove(join(job.output, "blocks"))
     parts = pa.concat_tables([kept, pa.Table.from_pylist([one.row() for one in made], PARTS_SCHEMA)]).sort_by("part")
     figures = figures_of(parts)
@@ -114,11 +114,11 @@ def _told(changes: Changes) -> str:
     return f"{files} files listed: {changes.added} new, {changes.changed} changed, {changes.removed} removed"
 
 
-def _make(job: Job, work: Work, num_blocks: int, changes: Changes, *, tasks: int) -> list[Tally]:
+def _make(job: Job, work: Work, num_blocks: int, changes: Changes, resources: IngestResources) -> list[Tally]:
     """Every part that is made in this run; raises ValueError for too many bad files among those that are read."""
     made, read, told = [], Tally(), time.monotonic()
     limit = work.config.limits.max_rejected
-    with closing(make_parts(work, num_blocks, tasks=tasks)) as tallies:
+    with closing(make_parts(work, num_blocks, resources)) as tallies:
         for tally in tallies:
             made.append(tally)
             if tally.part >= work.first:

@@ -3,7 +3,7 @@
 Legend: B images of a batch, K budgets.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -44,7 +44,7 @@ class Scorer:
     """Called with the same rows of the images and the codes."""
 
     def __init__(self, order: Order) -> None:
-        self._measuring = _Measuring(order)
+        self._measuring = Measuring(order)
 
     def __call__(self, images: pa.Table, codes: pa.Table) -> tuple[pa.Table, Totals]:
         """image_id, split and the columns."""
@@ -62,12 +62,12 @@ def as_lists(values: np.ndarray) -> pa.Array:
     return pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(missing))
 
 
-class _Measuring:
+class Measuring:
     """The models and tasks, loaded once."""
 
     def __init__(self, order: Order) -> None:
-        self._tokenizer = load_tokenizer(order.tokenizer)
-        self._device = str(next(self._tokenizer.parameters()).device)
+        self.tokenizer = load_tokenizer(order.tokenizer)
+        self._device = str(next(self.tokenizer.parameters()).device)
         self._new = order.columns
         pixels = tuple(metric for metric in order.config.metrics if metric in order.columns)
         self._pixels = build_pixel_metrics(pixels, order.config.perceptual)
@@ -94,18 +94,22 @@ class _Measuring:
 
     def __call__(self, images: pa.Table, codes: pa.Table) -> dict[str, np.ndarray]:
         """Each new column as float32 [B, K]."""
+        return self.measure(images, self._decoded(codes))
+
+    def measure(self, images: pa.Table, restorations: "Iterable[Tensor]") -> dict[str, np.ndarray]:
+        """Each new column as float32 [B, K] of K ``restorations`` [B, 3, H, W] of the same images."""
         import torch
 
-        budgets = len(self._tokenizer.budgets)
-        values = {name: np.full((len(images), budgets), np.nan, dtype=np.float32) for name in self._new}
+        measured: dict[str, list[np.ndarray]] = {name: [] for name in self._new}
         with torch.inference_mode():
             parts = list(self._originals(images))
-            for k, restored in enumerate(self._decoded(codes)):
+            for restored in restorations:
+                for column in measured.values():
+                    column.append(np.full(len(images), np.nan, dtype=np.float32))
                 for rows, originals, answers in parts:
-                    measured = self._measured(originals, answers, restored[rows])
-                    for name, numbers in measured.items():
-                        values[name][rows, k] = numbers.float().cpu().numpy()
-        return values
+                    for name, numbers in self._measured(originals, answers, restored[rows]).items():
+                        measured[name][-1][rows] = numbers.float().cpu().numpy()
+        return {name: np.stack(columns, axis=1) for name, columns in measured.items()}
 
     def _originals(self, images: pa.Table) -> "Iterator[tuple[slice, Originals, dict[str, dict[str, Tensor]]]]":
         """Rows, what is known of them, and what each judge answers; on a CPU one image at a time."""
@@ -138,13 +142,13 @@ class _Measuring:
 
         lists = codes["codes"].combine_chunks()
         flat = lists.values.to_numpy().reshape(len(lists), -1)
-        config = self._tokenizer.config
+        config = self.tokenizer.config
         per_token = 1 if config.codebook_size else config.channels_per_latent
         start = 0
-        for budget in self._tokenizer.budgets:
+        for budget in self.tokenizer.budgets:
             part = flat[:, start : start + budget * per_token]
             tokens = part if config.codebook_size else part.reshape(len(part), budget, per_token)
-            yield self._tokenizer.decode(TokenBatch.from_numpy(list(tokens), config.codebook_size))
+            yield self.tokenizer.decode(TokenBatch.from_numpy(list(tokens), config.codebook_size))
             start += budget * per_token
 
     def _measured(

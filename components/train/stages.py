@@ -113,6 +113,8 @@ def _fit(job: Job, run: "TrainRun", counts: Mapping[str, int]) -> None:
     per_worker = {"CPU": resources.cpus_per_worker}
     if resources.gpus_per_worker:
         per_worker["GPU"] = resources.gpus_per_worker
+    if resources.memory_mb_per_worker:
+        per_worker["memory"] = resources.memory_mb_per_worker << 20  # bytes
     span = resources.worker_range
     first_step = partial(_newest_step, run.checkpoints)
     trainer = TorchTrainer(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import mlflow
 
-from components.registry import register_judge
+from components.registry import find_judge, judge_digest, register_judge
 from components.tracking import Store, open_parent_run
 
 
@@ -22,6 +22,10 @@ def test_a_judge_is_registered_with_its_figures_and_comes_out_again(tmp_path: Pa
     assert [(one.name, one.version) for one in made] == [("alit-judge-depth", 1), ("alit-judge-depth", 2)]
     client = mlflow.MlflowClient(tracking_uri=uri, registry_uri=uri)
     found = client.get_model_version("alit-judge-depth", "2")
-    assert found.tags == {"judge.abs_rel": "0.5", "judge.skill": "0.2"}
+    assert {name: found.tags[name] for name in found.tags if name.startswith("judge.")} == {
+        "judge.abs_rel": "0.5",
+        "judge.skill": "0.2",
+    }
+    assert find_judge(uri, made[0]) == find_judge(uri, made[1]) == judge_digest(str(folder))
     for file in folder.iterdir():
         assert (Path(found.source) / file.name).read_bytes() == file.read_bytes()

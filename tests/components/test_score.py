@@ -20,6 +20,7 @@ from components.images import encode_png, stack, to_float
 from components.judges.judge import ask
 from components.judges.record import JudgeRecord, build_judge, save_judge
 from components.parts import Earlier
+from components.score.gate import ChampionScorer
 from components.score.pieces import earlier_tables, wanted_columns
 from components.score.summary import summarise
 from components.score.worker import Order, Scorer
@@ -118,6 +119,21 @@ def test_no_value_depends_on_the_batch_or_the_order(everything: Order, tables: t
     assert whole.equals(alone)
     assert whole.equals(backwards.take([4, 3, 2, 1, 0]).combine_chunks())
     assert whole.schema.names[2:] == list(everything.columns)
+
+
+@pytest.mark.parametrize("metric", ["l1", "sharpness.kept", "depth.rmse_judge"])
+def test_a_gate_measures_as_the_table_was_measured(
+    metric: str, everything: Order, tables: tuple[pa.Table, pa.Table]
+) -> None:
+    images, codes = tables
+    order = replace(everything, columns=(metric,))
+    found, totals = ChampionScorer(order, 24, "val")(images)
+    val = pc.equal(images["split"], "val")
+    scores = Scorer(everything)(images, codes)[0].filter(val)
+    assert totals["rows"] == len(found) == 4  # of five; one is for training
+    assert found["image_id"].to_pylist() == images["image_id"].filter(val).to_pylist()
+    assert found["value"].to_pylist() == [row[2] for row in scores[metric].to_pylist()]  # budgets 8, 16, 24
+    assert len(ChampionScorer(order, 24, "test")(images)[0]) == 0
 
 
 def test_values_are_those_of_the_formulas(everything: Order, tables: tuple[pa.Table, pa.Table]) -> None:

@@ -314,7 +314,7 @@ def test_the_stage_on_a_manifest_of_real_sets(tmp_path):
 
     manifest = write_manifest(tmp_path / "in", Path(DATA), cifar=40, camvid=10, rgbd=10)
     config = IngestStageConfig(data=DataConfig(source=str(manifest), image_size=64))
-    ray.init(num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=100_000_000, include_dashboard=False, log_to_driver=False)
     try:
         tables = []
         for tasks, files_per_block in ((1, 64), (2, 7)):

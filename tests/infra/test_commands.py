@@ -81,6 +81,7 @@ def test_alit_takes_the_arguments(place: str, words: list[str], capsys: pytest.C
     assert done.value.code == 0 and "CONFIG" in capsys.readouterr().out.upper()
 
 
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize(("place", "words"), DEPLOYED, ids=ids(DEPLOYED))
 def test_the_run_can_be_planned(place: str, words: list[str], tmp_path: Path) -> None:
     """With the images that are here, and after the config was checked with the settings it has there."""
@@ -131,7 +132,8 @@ def test_parameters_of_ray_start_exist(name: str) -> None:
 def test_one_variable_says_what_the_night_runs() -> None:
     nightly = [words for place, words in OF_ALIT if "nightly" in place or "cron" in place]
     assert len(nightly) == 4
-    assert {words[2] for words in nightly} == {NIGHTLY["ALIT_CONFIG"]}
+    assert {words[2] for words in nightly} == {NIGHTLY["ALIT_CONFIG"]} == {"rerun"}
+    assert all(f"model={NIGHTLY['ALIT_MODEL']}" in words for words in nightly)
     for text in (SERVICE, CRON, *(path.read_text() for path in (INFRA / "kuberay").glob("nightly*"))):
         assert NIGHTLY["ALIT_CONFIG"] not in text
 

@@ -14,10 +14,21 @@ import pytest
 import ray.autoscaler
 import yaml
 
+from pipelines.build import build
 from pipelines.cluster import check_demand
 from pipelines.config import load_config
-from pipelines.train import build
-from tests.infra.files import AWS, COMPOSE, INFRA, KUBERNETES, RAY_OBJECTS, ROOT, SETTINGS, cluster_spec, pod_specs
+from tests.infra.files import (
+    AWS,
+    COMPOSE,
+    INFRA,
+    KUBERNETES,
+    RAY_OBJECTS,
+    ROOT,
+    cluster_spec,
+    entrypoint_words,
+    job_spec,
+    pod_specs,
+)
 
 SCHEMAS = os.environ.get("ALIT_KUBERAY_SCHEMAS")
 needs_schemas = pytest.mark.skipif(SCHEMAS is None, reason="ALIT_KUBERAY_SCHEMAS names no folder with KubeRay's CRDs")
@@ -146,10 +157,14 @@ def aws_totals() -> dict[str, float]:
     return {kind: sum(one["min_workers"] * one["resources"].get(kind, 0) for one in types) for kind in ("CPU", "GPU")}
 
 
-@pytest.mark.parametrize("config", [SETTINGS["ALIT_TRAIN_CONFIG"], SETTINGS["ALIT_NIGHTLY_CONFIG"]])
+@pytest.mark.usefixtures("registry")
 @pytest.mark.parametrize("place", [*RAY_OBJECTS, "aws.yaml"])
+@pytest.mark.parametrize("config", ["train", "nightly"])
 def test_what_the_configs_ask_for_is_there(config: str, place: str) -> None:
-    stages = build(load_config(config, ["data.source=demo"])).order()
+    (entrypoint, *_) = [job_spec(one)["entrypoint"] for name, one in RAY_OBJECTS.items() if name.startswith(config)]
+    words = entrypoint_words(entrypoint)
+    overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    stages = build(load_config(words[2], [*overrides, "data.source=demo"])).order()
     check_demand(stages, aws_totals() if place == "aws.yaml" else kubernetes_totals(RAY_OBJECTS[place]))
 
 

@@ -37,7 +37,7 @@ TASK = TaskConfig(name="reconstruction", rule=RuleConfig(kind="threshold", metri
 def _ray() -> Iterator[None]:
     import ray
 
-    ray.init(num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
+    ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

@@ -47,6 +47,15 @@ def test_distillation_reaches_every_trainable_parameter_and_no_frozen_one(photog
     assert ("tokenizer.encoder.mask_token" in objective.trainable()) == config.halting.enabled
 
 
+@pytest.mark.parametrize("halting", [False, True])
+def test_a_single_rollout_leaves_no_trainable_parameter_without_gradient(photographs, halting):
+    config = replace(SMALL, budgets=SMALL.budgets[-1:], halting=HaltingConfig(halting))
+    objective = DistillObjective(build(config).train(), DistillConfig())
+    train_only(objective, objective.trainable())
+    objective(photographs(2, (32, 32)), seeded()).total.backward()
+    assert moved(objective) == set(objective.trainable())
+
+
 @pytest.mark.parametrize("name", ["vqgan", "continuous", "vae"])
 @pytest.mark.parametrize("kind", ["per_rollout", "shared"])
 def test_each_player_moves_its_own_parameters_alone(photographs, name, kind):

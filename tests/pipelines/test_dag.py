@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from components.artifacts import Draft, Manifest, remove
-from pipelines.cluster import DemandError, check_demand, fits
+from components.config import ClusterSize
+from pipelines.cluster import DemandError, check_demand, fits, grown
 from pipelines.dag import Demand, Pipeline, Stage, plan
 
 
@@ -244,7 +245,8 @@ class TestDemand:
             check_demand([make("distill", demand=demand)], {"CPU": 2.0})
         assert str(caught.value) == (
             "distill wants 4 workers x 1 CPU + 1 for Ray Data = 5 CPUs, the cluster has 2: "
-            "set training.workers=1 or training.cpus_per_worker=0.25, or use a bigger cluster"
+            "set training.workers=1 or training.cpus_per_worker=0.25, or use a bigger cluster "
+            "(if it grows by itself, ray.grows_to says how far)"
         )
 
     def test_exactly_fits(self) -> None:
@@ -254,6 +256,22 @@ class TestDemand:
     def test_nothing_left_for_ray_data(self) -> None:
         with pytest.raises(DemandError, match="1 for Ray Data"):
             check_demand([make("a", demand=Demand(cpus=2, data_cpus=1))], {"CPU": 2.0})
+
+    def test_memory_is_counted_in_gib(self) -> None:
+        demand = Demand(memory_gb=8, workers=4, unit="actor", setting="inference")
+        check_demand([make("a", demand=demand)], {"memory": 8 * 2**30})
+        with pytest.raises(DemandError) as caught:
+            check_demand([make("score", demand=demand)], {"memory": 5 * 2**30})
+        assert str(caught.value).startswith(
+            "score wants 4 actors x 2 GiB = 8 GiB, the cluster has 5: "
+            "set inference.actors=2 or inference.memory_mb_per_actor=1280, or use"
+        )
+        assert not fits(demand, [demand], {"memory": 15 * 2**30})
+
+    def test_a_cluster_that_grows_is_as_large_as_it_will_be(self) -> None:
+        have = grown({"CPU": 2.0, "memory": 2**30}, ClusterSize(cpus=16, memory_gb=0.5))
+        assert have == {"CPU": 16.0, "GPU": 0.0, "memory": 2**30}
+        check_demand([make("a", demand=Demand(cpus=15, data_cpus=1))], have)
 
     def test_gpus_and_every_stage(self) -> None:
         stages = [make("a", demand=Demand(gpus=1)), make("b", demand=Demand(cpus=99)), make("c")]

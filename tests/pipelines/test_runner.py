@@ -26,6 +26,7 @@ from pipelines.dag import Demand, Pipeline, plan
 from pipelines.lock import Holder, WorkspaceHeld, hold
 from pipelines.recorder import RunRecord
 from pipelines.runner import RunOptions, run
+from pipelines.summary import lines_of
 
 pytestmark = pytest.mark.slow
 
@@ -184,6 +185,9 @@ class TestRuns:
         told = next(r.getMessage() for r in caplog.records if r.levelname == "ERROR")
         assert "second" in told and "the toy is broken" in told and record["second"].log in told
         assert drafts(tmp_path) == []
+        ending = "\n".join(lines_of(record))
+        assert f"second failed: {record['second'].error}\n  next: mend what the cause names" in ending
+        assert f"  log:  {record['second'].log}" in ending and "Traceback" not in ending
         statuses = {r.info.run_name.split()[-1]: r.info.status for r in runs(tmp_path)[1:]}
         assert statuses == {"first": "FINISHED", "second": "FAILED", "aside": "FINISHED"}
         assert runs(tmp_path)[0].info.status == "FAILED"
@@ -204,6 +208,17 @@ class TestRuns:
         assert record["lost"].figures["tries"] == 2  # the second try found the first one's scratch
         assert len(runs(tmp_path)) == 3  # a retry is no run of its own
         assert drafts(tmp_path) == []
+
+    def test_the_trace_of_a_lost_process_is_in_the_log(self, tmp_path: Path) -> None:
+        failing = tuple(stage(name, fail=name) for name in ("exit", "actor", "disk"))
+        options = RunOptions(ray=RAY, retries=0)
+        record = run(Pipeline("toy", failing), workspace=str(tmp_path), options=options)
+        causes = {"exit": "WorkerCrashedError", "actor": "ActorDiedError", "disk": "OSError: [Errno 28]"}
+        for name, cause in causes.items():
+            assert record[name].error.startswith(cause), record[name].error
+            assert cause.split(":")[0] in Path(record[name].log).read_text()
+        ending = "\n".join(lines_of(record))
+        assert "make room on the disk" in ending and ending.count("whether memory ran out") == 2
 
     def test_infrastructure_is_given_up(self, tmp_path: Path) -> None:
         options = RunOptions(ray=RAY, retries=1, backoff_s=0.1)

@@ -68,6 +68,11 @@ def fail(how: str) -> None:
         fail_in_ray_data()
     if how == "exit":
         os._exit(7)
+    if how == "actor":
+        fail_in_an_actor()
+    if how == "disk":
+        with open("/dev/full", "w") as file:
+            file.write("x")
     raise AssertionError(how)
 
 
@@ -78,6 +83,17 @@ def fail_in_ray_data() -> None:
         raise ValueError("a bad row")
 
     ray.data.range(4).map(bad).materialize()
+
+
+def fail_in_an_actor() -> None:
+    import ray
+
+    @ray.remote(num_cpus=0)
+    class Dying:
+        def die(self) -> None:
+            os._exit(7)
+
+    ray.get(Dying.remote().die.remote())
 
 
 def returns_none(job: Job, *, config: ToyConfig, resources: ToyResources) -> None:

@@ -1,0 +1,190 @@
+"""complexity: do images that are harder to describe get more tokens?
+
+Legend: N images, K budgets.
+"""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from components.analyze import drawing
+from components.analyze.estimates import Estimate
+from components.analyze.inputs import Inputs
+from components.analyze.sections import Picture, Section, Table
+from components.artifacts import read_bytes
+from components.images import decode_png
+
+CLAIM = (
+    "Complex images need more tokens: the count that an image is given, and its error where all get the same few "
+    "tokens, rise with its complexity."
+)
+QUINTILES = 5
+CANNY_SIGMA = 1.0
+ABOUT = (
+    "Spearman's rank correlation over images, in brackets its 95% bootstrap interval. jpeg bytes: of the image at the "
+    "working size; entropy: of its grey levels; edges: share of pixels that Canny's detector calls an edge. at: the "
+    "metric at that many tokens, its sign turned where more is better."
+)
+
+
+def complexity(inputs: Inputs) -> Section:
+    """Rank correlations of counts and of the error at the fewest tokens with what the pixels alone tell."""
+    names = inputs.sample(inputs.settings.images)
+    statistics = image_statistics(inputs.column(names, "image"), inputs.settings.jpeg_quality)
+    if inputs.settings.complexity_scores:
+        statistics["people"] = people_say(inputs.column(names, "uri"), inputs.settings.complexity_scores)
+    found: dict[str, Estimate] = {}
+    for target, values in _targets(inputs, names).items():
+        for name, statistic in statistics.items():
+            found[f"{target} ~ {name}"] = inputs.bootstrap.spearman(values, statistic)
+    curves = _curves(inputs, names, statistics["jpeg bytes"], found)
+    targets = list(dict.fromkeys(name.partition(" ~ ")[0] for name in found if " ~ " in name))
+    return Section(
+        id="complexity",
+        title="Complex images get more tokens",
+        claim=CLAIM,
+        finding=_finding(found, inputs, targets, len(names)),
+        images=len(names),
+        figures=[
+            Picture(
+                "complexity_correlation.png",
+                "Rank correlations of token counts and errors with image statistics, with intervals.",
+                f"Rank correlation with the image's complexity, 95% intervals, n = {len(names)}.",
+                _draw_correlations(found, targets, list(statistics)),
+            ),
+            *curves,
+        ],
+        tables=[
+            Table(
+                "Rank correlation with complexity",
+                ["what", *statistics, "images"],
+                [
+                    [target, *(str(found[f"{target} ~ {name}"]) for name in statistics), str(len(names))]
+                    for target in targets
+                ],
+                ABOUT,
+            )
+        ],
+        estimates=found,
+        headline=[f"{targets[0]} ~ {name}" for name in statistics],
+    )
+
+
+def _targets(inputs: Inputs, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """What may follow complexity, by name: each task's counts, and its loss at the fewest tokens."""
+    targets: dict[str, np.ndarray] = {}
+    for criterion in inputs.criteria:
+        _, column = criterion.rules[0]
+        targets[f"{criterion.task}: tokens"] = inputs.counts_of(criterion.task, names).astype(np.float64)
+        targets[f"{column} at {inputs.budgets[0]}"] = inputs.losses_of(names, column)[:, 0]
+    return targets
+
+
+def image_statistics(pngs: Sequence[bytes], jpeg_quality: int) -> dict[str, np.ndarray]:
+    """Bytes as JPEG, grey-level entropy in bits, and share of pixels on an edge, float64 [N] each."""
+    from skimage.feature import canny
+    from skimage.measure import shannon_entropy
+
+    sizes, entropies, edges = [], [], []
+    for png in pngs:
+        image = Image.fromarray(decode_png(png))
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=jpeg_quality)
+        grey = np.asarray(image.convert("L"))
+        sizes.append(buffer.tell())
+        entropies.append(shannon_entropy(grey))
+        edges.append(canny(grey, sigma=CANNY_SIGMA).mean())
+    return {
+        "jpeg bytes": np.array(sizes, dtype=np.float64),
+        "entropy": np.array(entropies),
+        "edges": np.array(edges, dtype=np.float64),
+    }
+
+
+def people_say(uris: Sequence[str], scores: str) -> np.ndarray:
+    """Complexity [N] by the CSV file ``scores`` (columns uri, complexity); NaN for an image that it doesn't name.
+
+    Its uri is the image's, or the end of it after a slash. Raises ValueError when a column is missing.
+    """
+    rows = list(csv.DictReader(io.StringIO(read_bytes(scores).decode())))
+    if rows and not {"uri", "complexity"} <= set(rows[0]):
+        raise ValueError(f"analyze.complexity_scores = {scores!r}: columns uri and complexity are needed")
+    known = {row["uri"]: float(row["complexity"]) for row in rows}
+    return np.array([_by_ending(known, uri) for uri in uris])
+
+
+def _by_ending(known: Mapping[str, float], uri: str) -> float:
+    parts = uri.split("/")
+    endings = ("/".join(parts[start:]) for start in range(len(parts)))
+    return next((known[ending] for ending in endings if ending in known), np.nan)
+
+
+def quintiles(values: np.ndarray) -> np.ndarray:
+    """Which fifth of the images each is in by rank, int64 [N] in 0..4; equal sizes up to one."""
+    rank = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    return rank * QUINTILES // len(values)
+
+
+def _curves(inputs: Inputs, names: Sequence[str], sizes: np.ndarray, found: dict[str, Estimate]) -> list[Picture]:
+    """The first task's error against the budget, a line a fifth of the images; adds the numbers to ``found``."""
+    if len(names) < QUINTILES:
+        return []
+    _, column = inputs.criteria[0].rules[0]
+    values, fifth = inputs.values_of(names, column), quintiles(sizes)
+    figure, ((axes,),) = drawing.new_figure()
+    for number, colour in enumerate(drawing.shades(QUINTILES)):
+        points = [inputs.bootstrap.mean(values[fifth == number, at]) for at in range(len(inputs.budgets))]
+        for budget, point in zip(inputs.budgets, points, strict=True):
+            found[f"{column} at {budget}, fifth {number + 1}"] = point
+        name = {0: "simplest fifth", QUINTILES - 1: "most complex"}.get(number, f"{number + 1}")
+        drawing.curve(axes, inputs.budgets, points, drawing.Line(name, number, colour))
+    drawing.label(axes, x="tokens", y=column)
+    drawing.legend(figure, axes, columns=3)
+    caption = (
+        f"{column} against tokens by fifths of the images in bytes as JPEG, 95% intervals, n = {len(names)} in all."
+    )
+    alt = f"{column} against tokens, one line for each fifth of the images by complexity."
+    return [Picture("complexity_budgets.png", alt, caption, drawing.png(figure))]
+
+
+def _draw_correlations(found: Mapping[str, Estimate], targets: Sequence[str], statistics: Sequence[str]) -> bytes:
+    figure, ((axes,),) = drawing.new_figure(1.4 + 0.5 * len(targets))
+    for number, name in enumerate(statistics):
+        for row, target in enumerate(targets):
+            one = found[f"{target} ~ {name}"]
+            place = row + 0.18 * (number - (len(statistics) - 1) / 2)
+            colour, mark = drawing.COLOURS[number], drawing.MARKS[number]
+            axes.plot([one.low, one.high], [place, place], color=colour, linewidth=1.5)
+            axes.plot(one.value, place, mark, color=colour, markersize=5, label=name if row == 0 else None)
+    axes.axvline(0, color="#888888", linewidth=0.8)
+    axes.set_yticks(range(len(targets)), [_wrapped(target) for target in targets], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlim(-1, 1)
+    drawing.label(axes, x="rank correlation")
+    drawing.legend(figure, axes, columns=3)
+    return drawing.png(figure)
+
+
+def _wrapped(target: str) -> str:
+    return target.replace(": ", ":\n").replace(" at ", "\nat ")
+
+
+def _finding(found: Mapping[str, Estimate], inputs: Inputs, targets: Sequence[str], images: int) -> str:
+    task, error = targets[0], targets[1]
+    count, size = found[f"{task} ~ jpeg bytes"], found[f"{error} ~ jpeg bytes"]
+    if np.isnan(count.value):
+        first = (
+            f"Every one of {images} images got the same count under {inputs.criteria[0].task!r}, so nothing follows."
+        )
+    else:
+        first = f"{_verdict(count)}: {task} correlate with bytes as JPEG by {count} over {images} images."
+    return f"{first} The loss {error} tokens correlates by {size}."
+
+
+def _verdict(one: Estimate) -> str:
+    if one.low > 0:
+        return "Borne out"
+    return "The opposite" if one.high < 0 else "Not borne out, the interval holds 0"

@@ -1,0 +1,98 @@
+"""What a person reads beside a registered tokenizer: what it is, how good, for what, how to load it. Markdown."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from components.artifacts import ImageSet, ScoreTable, TokenCounts, Tokenizer, join, read_json
+from components.scores import budgets_of
+from components.software import lineage_tags
+
+LIMITS = """\
+## Licence and limits
+
+The software is Apache-2.0; whether the weights may be passed on depends on the images that they were trained on. The
+numbers above hold for images like these: look at the report before using it on others. Tokens decode with the version
+that made them, and no other: archives carry its digest. Images are seen as their centre square."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the card is about."""
+
+    name: str
+    images: ImageSet
+    tokenizer: Tokenizer
+    scores: ScoreTable
+    counts: Mapping[str, TokenCounts]  # by task
+
+    def tags(self) -> dict[str, str]:
+        """For searching: data, code, artifacts."""
+        listing = str(self.images.manifest.fingerprint.get("listing", ""))
+        keys = {"images": self.images.key, "tokenizer": self.tokenizer.key, "scores": self.scores.key}
+        return {
+            "alit.data_digest": listing,
+            **{f"alit.key.{name}": key for name, key in keys.items()},
+            **lineage_tags(),
+        }
+
+    def text(self) -> str:
+        """The whole card."""
+        return "\n\n".join([self._what(), self._quality(), self._rules(), LIMITS, self._use(), self._lineage()]) + "\n"
+
+    def _what(self) -> str:
+        config = read_json(join(self.tokenizer.uri, "config.json"))["config"]
+        budgets, counts = budgets_of(self.scores), self.images.manifest.counts
+        height, width = config["image_size"]
+        codebook = config["codebook_size"]
+        tokens = f"indices into {codebook} codes" if codebook else f"vectors of {config['latent_dim']} numbers"
+        return (
+            f"# {self.name}\n\nAn adaptive-length image tokenizer (ALIT, arXiv 2411.02393): an image of "
+            f"{width} x {height} px becomes {budgets[0]} to {budgets[-1]} tokens, as many as it needs. "
+            f"Tokens are {tokens}. The run trained on {counts['train']:,} images; the {counts['val']:,} held-out ones "
+            "took no part."
+        )
+
+    def _quality(self) -> str:
+        rows = read_json(join(self.scores.uri, "summary.json"))["rows"]
+        columns = list(dict.fromkeys(row["column"] for row in rows))
+        at = {(row["num_tokens"], row["column"]): row["mean"] for row in rows}
+        table = [[str(budget), *(_number(at.get((budget, c))) for c in columns)] for budget in budgets_of(self.scores)]
+        split = "held-out" if self.scores.manifest.counts.get("split") == "val" else "training"
+        return f"## Mean over the {split} images\n\n" + _table(["tokens", *columns], table)
+
+    def _rules(self) -> str:
+        rows = []
+        for task, counts in self.counts.items():
+            rule = read_json(join(counts.uri, "rules.json"))["rules"][0]
+            saved = rule["saved_share"]
+            rows.append(
+                [task, rule["rule"], f"{rule['mean_tokens']:.1f}", "none is" if saved is None else f"{saved:.0%}"]
+            )
+        head = ["task", "rule", "mean tokens", "saved against a fixed length as good"]
+        return "## Rules\n\n" + _table(head, rows)
+
+    def _use(self) -> str:
+        task = next(iter(self.counts))
+        return (
+            "## How to load it\n\n```python\nimport mlflow, pandas as pd\n\n"
+            f'model = mlflow.pyfunc.load_model("models:/{self.name}@champion")  # or /{self.name}/VERSION\n'
+            'images = pd.DataFrame({"image": [open("photo.jpg", "rb").read()]})\n'
+            f'tokens = model.predict(images, params={{"rule": "{task}"}})\n'
+            'pictures = model.predict(images, params={"num_tokens": '
+            f'{budgets_of(self.scores)[-1]}, "output": "images"}})  # PNG in base64\n```'
+        )
+
+    def _lineage(self) -> str:
+        return "## Lineage\n\n" + _table(
+            ["what", "which"], [[name, f"`{value}`"] for name, value in self.tags().items()]
+        )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def _number(value: Any) -> str:
+    return "–" if value is None else f"{value:.4g}"

@@ -1,0 +1,88 @@
+"""report: the stage."""
+
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from components.artifacts import Artifact, CodeBook, Figures, ImageSet, Job, ScoreTable, Tokenizer, join, write_bytes
+from components.config import ReportResources, ReportStageConfig
+from components.report import content
+from components.report.examples import KINDS, data_uri, examples_of, rejected_of
+from components.report.plots import draw_bars, draw_curve, draw_histogram
+from components.report.read import Run
+from components.report.timing import gantt
+from components.tracking import redact
+
+PAGE = "report.html"
+
+
+def report(
+    job: Job,
+    *,
+    config: ReportStageConfig,
+    resources: ReportResources,
+    images: ImageSet,
+    tokenizer: Tokenizer,
+    codes: CodeBook,
+    scores: ScoreTable,
+    **made: Artifact,
+) -> Figures:
+    """Write ``report.html``: one page without scripts or addresses to fetch. ``made``: all other artifacts of the run.
+
+    What is missing among them, an analysis or the matrix, has no section.
+    """
+    run = Run(images, tokenizer, codes, scores, made)
+    page = _render(_content(run, config, resources, job)).encode()
+    write_bytes(join(job.output, PAGE), page)
+    return {"images": images.manifest.counts["images"], "sections": page.count(b"<section"), "bytes": len(page)}
+
+
+def _content(run: Run, config: ReportStageConfig, resources: ReportResources, job: Job) -> dict[str, Any]:
+    settings = redact(resources.run_config)
+    examples = examples_of(run, config.settings.examples, job.progress)
+    return {
+        "model_name": config.model_name,
+        "run": run,
+        "headline": content.headline(run, config.model_name),
+        "kinds": list(KINDS),
+        "examples": examples,
+        "example_metric": content.metric_label(run.shown.column),
+        "rejected": rejected_of(run.images),
+        "curves": [
+            (
+                curve,
+                content.metric_label(curve.name),
+                draw_curve(curve, run.tasks, metric=content.metric_label(curve.name)),
+            )
+            for curve in run.curves
+            if curve.rows
+        ],
+        "histograms": [(task, draw_histogram(task.histogram, mean=task.mine["mean_tokens"])) for task in run.tasks],
+        "rules": content.rules_table(run),
+        "matrix": content.matrix_of(run),
+        "quality": content.quality_of(run),
+        "sizes": content.sizes_table(run),
+        "sizes_svg": draw_bars(content.sizes_of(run.shown), unit="bits a mean image") if run.shown.sizes else None,
+        "sections": content.sections_of(run),
+        "gantt": gantt(run.artifacts),
+        "lineage": content.lineage_tables(run, config.model_name),
+        "settings": settings,
+        "settings_uri": data_uri(settings.encode(), "application/yaml"),
+    }
+
+
+def _render(values: dict[str, Any]) -> str:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"short": content.short, "percent": content.percent, "three": content.three}
+    style = Markup((here / "page.css").read_text())
+    return environment.get_template("page.html").render(style=style, **values)

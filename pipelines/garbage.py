@@ -1,0 +1,135 @@
+"""``alit gc``: what a workspace holds that nothing refers to any more.
+
+Kept is what the present plan of a config, an MLflow run that isn't deleted, or a registered model refers to, and all
+that was made from, found through the manifests. So deleting runs in MLflow is what lets artifacts go. Logs, and
+MLflow's own files, stay.
+"""
+
+import re
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from pyarrow import fs
+
+from components.artifacts import DRAFTS, Manifest, filesystem, folder_bytes, join, read_manifest, remove
+from components.registry import runs_of_versions
+from components.tracking import store_for, used_by_runs
+from pipelines.build import build
+from pipelines.config import AnyConfig
+from pipelines.dag import RESERVED_NAMES, STAGE_NAME
+from pipelines.lock import hold, holder_of
+from pipelines.runner import absolute
+from pipelines.summary import table
+
+KEY = re.compile(r"[0-9a-f]{16}")
+SCRATCH = "scratch"
+
+
+@dataclass(frozen=True)
+class Folder:
+    """One of a workspace, by the stage and the key it is for; ``manifest``: of an artifact that is finished."""
+
+    uri: str
+    stage: str
+    key: str
+    manifest: Manifest | None = None
+
+
+@dataclass(frozen=True)
+class Garbage:
+    """A folder that may go."""
+
+    uri: str
+    why: str
+
+
+def reachable(artifacts: Iterable[Folder], roots: Iterable[str]) -> set[str]:
+    """The keys ``roots`` and those of everything that these were made from, as far as it is there."""
+    inputs = {one.key: set(one.manifest.inputs.values()) for one in artifacts if one.manifest}
+    found: set[str] = set()
+    queue = set(roots)
+    while queue:
+        found |= queue
+        queue = set().union(*(inputs.get(key, set()) for key in queue)) - found
+    return found
+
+
+def marked(artifacts: Iterable[Folder], scratch: Iterable[Folder], roots: set[str]) -> Iterator[Garbage]:
+    """Artifacts that can't be reached from ``roots``, unfinished ones, and scratch that no stage will go on from."""
+    known = list(artifacts)
+    kept = reachable(known, roots)
+    for one in known:
+        if one.manifest is None:
+            yield Garbage(one.uri, "was never finished")
+        elif one.key not in kept:
+            yield Garbage(one.uri, "no run, no registered model and no plan refers to it")
+    finished = {one.key for one in known if one.manifest}
+    for one in scratch:
+        if one.key in finished:
+            yield Garbage(one.uri, "scratch of a finished stage")
+        elif one.key not in roots:
+            yield Garbage(one.uri, "scratch that no run and no plan refers to")
+
+
+def collect(config: AnyConfig, *, delete: bool = False, keep_runs: int | None = None) -> Iterator[str]:
+    """Find garbage in the config's workspace and, with ``delete``, remove it; yields a table's lines.
+
+    ``keep_runs``: only so many of the newest pipeline runs count; None: all that aren't deleted.
+    Raises ConfigError when the plan can't be made, and WorkspaceHeld when a run is on and something is to be deleted.
+    """
+    workspace = absolute(config.workspace)
+    if not delete:
+        running = holder_of(workspace) is not None
+        found = list(_found(config, workspace, keep_runs))
+        drafts = [] if running else list(_drafts(workspace))
+        yield from _told(workspace, [*found, *drafts], "would go; --delete removes them")
+        return
+    with hold(workspace, f"gc-{uuid.uuid4().hex[:6]}", config.wait_s):
+        found = [*_found(config, workspace, keep_runs), *_drafts(workspace)]
+        lines = list(_told(workspace, found, "removed"))
+        for one in found:
+            remove(one.uri)
+        yield from lines
+
+
+def _found(config: AnyConfig, workspace: str, keep_runs: int | None) -> Iterator[Garbage]:
+    artifacts = list(_artifacts(workspace))
+    store = store_for(config.mlflow, workspace)
+    roots = {*build(config).keys().values(), *used_by_runs(store, keep_runs, runs_of_versions(store.uri))}
+    yield from marked(artifacts, list(_scratch(workspace)), roots)
+
+
+def _drafts(workspace: str) -> Iterator[Garbage]:
+    for name in _folders(join(workspace, DRAFTS)):
+        yield Garbage(join(workspace, DRAFTS, name), "draft of a run that has ended")
+
+
+def _told(workspace: str, found: Iterable[Garbage], verb: str) -> Iterator[str]:
+    sized = [(one, folder_bytes(one.uri)) for one in found]
+    rows = [(one.uri.removeprefix(f"{workspace}/"), f"{size / 1e6:.1f} MB", one.why) for one, size in sized]
+    if rows:
+        yield from table(("folder", "size", "why"), rows)
+    yield f"{len(rows)} folders, {sum(size for _, size in sized) / 1e6:.1f} MB {verb}"
+
+
+def _artifacts(workspace: str) -> Iterator[Folder]:
+    for stage in _folders(workspace):
+        if STAGE_NAME.fullmatch(stage) and stage not in RESERVED_NAMES:
+            for key in _folders(join(workspace, stage)):
+                if KEY.fullmatch(key):
+                    uri = join(workspace, stage, key)
+                    yield Folder(uri, stage, key, read_manifest(uri))
+
+
+def _scratch(workspace: str) -> Iterator[Folder]:
+    for stage in _folders(join(workspace, SCRATCH)):
+        for key in _folders(join(workspace, SCRATCH, stage)):
+            yield Folder(join(workspace, SCRATCH, stage, key), stage, key)
+
+
+def _folders(uri: str) -> list[str]:
+    """Names of the folders in ``uri``, sorted; none when it isn't there."""
+    store, path = filesystem(uri)
+    infos = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return sorted(info.base_name for info in infos if info.type == fs.FileType.Directory)
