@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -75,10 +76,13 @@ class _Base:
 
     @classmethod
     def find(cls, job: Job, config: IngestStageConfig) -> "_Base":
-        """The newest in the workspace that the same code made with the same config; none for a forced stage."""
-        same = (ImageSet.version, job.code, config.model_dump(mode="json"))
+        """The newest in the workspace that the same code made with a config of the same effect on an image.
+
+        There is none for a forced stage.
+        """
+        same = (ImageSet.version, job.code, _decisive(config.model_dump(mode="json")))
         for uri, found in () if job.fresh else finished(job.workspace, job.stage):
-            if (found.version, found.code, found.config) == same:
+            if (found.version, found.code) == same[:2] and _decisive(found.config) == same[2]:
                 return cls(uri, read_table(join(uri, "parts")).cast(PARTS_SCHEMA))
         return cls("", PARTS_SCHEMA.empty_table())
 
@@ -87,6 +91,11 @@ class _Base:
         """Above every number there is."""
         highest = pc.max(self.parts["part"]).as_py()
         return 0 if highest is None else highest + 1
+
+
+def _decisive(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` without the limit that decides whether a run fails, and not what it makes."""
+    return {**config, "limits": {name: value for name, value in config["limits"].items() if name != "max_rejected"}}
 
 
 def _compare(source: Source, base: _Base, output: str, files_per_block: int) -> Changes:

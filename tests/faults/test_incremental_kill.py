@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.nodes import cluster
-from tests.integration.conftest import ROOT
+from tests.integration.conftest import ROOT, environment
 from tests.nightly import TABLES, change, figures, leftovers, photographs, rows, run_nightly
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
@@ -34,7 +33,6 @@ class Nights:
     tables: dict
     seconds: float
     address: str
-    variables: dict[str, str]
 
 
 @pytest.fixture(scope="module")
@@ -45,28 +43,24 @@ def nights(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nights]:
     source, before = folder / "photos", folder / "before"
     photographs(source, range(IMAGES))
     (source / "00005x.png").write_bytes(b"no image")
-    with cluster(1) as nodes, pytest.MonkeyPatch.context() as patch:
-        for name in ("HOME", "RAY_AUTH_MODE"):
-            patch.setenv(name, nodes.variables[name])
-        patch.delenv("RAY_ADDRESS", raising=False)
-        ray.init(address=nodes.address, log_to_driver=False, logging_level="ERROR")
-        try:
-            figures(run_nightly(source, before))
-            change(source, new=6, deleted=(0, 7, 30))
-            began = time.monotonic()
-            whole = run_nightly(source, copy_of(before, folder / "unbroken"))
-            seconds = time.monotonic() - began
-            assert figures(whole)["tokenize"]["encoded"] == 9
-            yield Nights(
-                source,
-                before,
-                {stage: rows(whole, stage) for stage in TABLES},
-                seconds,
-                nodes.address,
-                nodes.variables,
-            )
-        finally:
-            ray.shutdown()
+    ray.init(
+        address="local",
+        num_cpus=2,
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        log_to_driver=False,
+    )
+    try:
+        figures(run_nightly(source, before))
+        change(source, new=6, deleted=(0, 7, 30))
+        began = time.monotonic()
+        whole = run_nightly(source, copy_of(before, folder / "unbroken"))
+        seconds = time.monotonic() - began
+        assert figures(whole)["tokenize"]["encoded"] == 9
+        tables = {stage: rows(whole, stage) for stage in TABLES}
+        yield Nights(source, before, tables, seconds, ray.get_runtime_context().gcs_address)
+    finally:
+        ray.shutdown()
 
 
 def copy_of(workspace: Path, target: Path) -> Path:
@@ -92,7 +86,12 @@ def kill_after(seconds: float, nights: Nights, space: Path, log: Path) -> str:
     command = [sys.executable, "-m", "tests.nightly", str(nights.source), str(space), nights.address]
     with log.open("wb") as sink:
         run = subprocess.Popen(
-            command, stdout=sink, stderr=sink, cwd=ROOT, env=nights.variables, start_new_session=True
+            command,
+            stdout=sink,
+            stderr=sink,
+            cwd=ROOT,
+            env=environment() | {"RAY_AUTH_MODE": "token"},  # as the Ray of this process has it
+            start_new_session=True,
         )
     while " stages to run" not in log.read_text():
         assert run.poll() is None, log.read_text()

@@ -52,6 +52,9 @@ def test_only_what_is_new_is_read_encoded_and_scored(own_ray: None, tmp_path: Pa
     assert {stage.state for stage in again.stages} == {"reused"}
     assert not list(leftovers(space))
 
+    looser = figures(run_nightly(source, space, "ingest.max_rejected=7"))
+    assert (looser["ingest"]["reused"], looser["tokenize"]["encoded"], looser["score"]["scored"]) == (308, 0, 0)
+
     forced = figures(run_nightly(source, space, force=("ingest", "tokenize", "score")))
     assert forced["ingest"]["reused"] == 0 and forced["ingest"]["added"] == 308
     assert forced["tokenize"]["encoded"] == forced["score"]["scored"] == 307
