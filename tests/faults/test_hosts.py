@@ -1,6 +1,7 @@
-"""Three hosts that share nothing but a bucket train, tokenize and score; one is lost on the way."""
+"""Three hosts that share nothing but a bucket train, tokenize and score, and rerun; one is lost on the way."""
 
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,15 @@ from tests.s3_server import client_of, point, upload
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
-IMAGES = 240
-VALUES = (
-    *SMALL,
+IMAGES, NEW = 240, 9
+COMMON = (
     "data.source=s3://photos/in",
-    "training.cpus_per_worker=1",
+    "data.crops=90",
     "inference.actors=3",
     "inference.batch_size=8",
     "ingest.files_per_block=8",
 )
+VALUES = (*SMALL, *COMMON, "training.cpus_per_worker=1")
 
 
 def test_three_hosts_without_a_common_folder_and_one_of_them_lost(
@@ -60,6 +61,14 @@ def test_three_hosts_without_a_common_folder_and_one_of_them_lost(
         assert whole.finish() == 0, whole.said
         for stage, before in kept.items():
             assert table(client, "s3://work/a", stage).equals(before)
+
+        photographs(tmp_path / "new", NEW)
+        upload(client, tmp_path / "new", "photos", "in/new/")
+        night = three.run(["rerun", *settings("workspace=s3://work/a", *COMMON)], tmp_path / "night.log")
+        assert night.finish() == 0, night.said
+        assert re.search(
+            rf"^images +{IMAGES + NEW}, .*added {NEW} .*encoded {NEW} +scored {NEW}", night.said, re.MULTILINE
+        )
 
 
 def run_of(workspace: str, *more: str) -> list[str]:
