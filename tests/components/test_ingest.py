@@ -329,6 +329,7 @@ def cluster():
     import ray
 
     ray.init(
+        "local",
         num_cpus=2,
         object_store_memory=200_000_000,
         include_dashboard=False,
