@@ -3,6 +3,7 @@
 import pytest
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Slow tests of a folder stay in one process, one after the other: they share runs, and each fills a machine."""
     for item in items:
