@@ -30,6 +30,7 @@ PACKAGES = ("model", "components")  # what serving.py imports, at the version th
 TOKENIZER_FILES = ("config.json", "weights.safetensors")
 REFERENCE = "reference.json"  # beside the weights: what the images of the training were like
 TRACKING_URI = "MLFLOW_TRACKING_URI"
+STANDING = "\n## Standing\n\n"  # the end of a version's description, which its aliases write
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"  # aliases
 DIGEST, JUDGE = "alit.digest", "alit.judge."  # tags of a version; the second one with a task's name behind it
 REQUIREMENTS = ("mlflow", "torch", "numpy", "safetensors", "pillow", "pandas", "pydantic")
@@ -224,7 +225,8 @@ def move_aliases(registry: str, name: str, *, to: Mapping[str, int | None], reas
                 continue
             client.set_registered_model_alias(name, alias, str(number))
             client.set_model_version_tag(name, str(number), f"alit.{alias}", reason)
-            client.update_model_version(name, str(number), f"{alias}: {reason}")
+            card = (client.get_model_version(name, str(number)).description or "").partition(STANDING)[0]
+            client.update_model_version(name, str(number), f"{card}{STANDING}{alias}: {reason}\n")
 
 
 def runs_of_versions(registry: str) -> list[str]:
