@@ -29,7 +29,7 @@ SERVING = Path(__file__).with_name("serving.py")
 PACKAGES = ("model", "components")  # what serving.py imports, at the version that made the weights
 TOKENIZER_FILES = ("config.json", "weights.safetensors")
 REFERENCE = "reference.json"  # beside the weights: what the images of the training were like
-TRACKING_URI = "MLFLOW_TRACKING_URI"
+TRACKING_URI, REGISTRY_URI = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
 STANDING = "\n## Standing\n\n"  # the end of a version's description, which its aliases write
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"  # aliases
 DIGEST, JUDGE = "alit.digest", "alit.judge."  # tags of a version; the second one with a task's name behind it
@@ -62,9 +62,6 @@ def register_tokenizer(
     The code that serves it is this software's own,
     copied beside it; nothing is pickled.
     """
-    import mlflow
-
-    mlflow.set_tracking_uri(tracker.uri)
     with tempfile.TemporaryDirectory() as scratch:
         weights = Path(scratch, "tokenizer")
         shutil.copytree(folder, weights, ignore=shutil.ignore_patterns("artifact.json"))
@@ -73,7 +70,7 @@ def register_tokenizer(
         for task, uri in companions.heads.items():
             with local_folder(uri) as head:
                 shutil.copytree(head, weights / HEADS / task)
-        with mlflow.start_run(run_id=tracker.run_id):
+        with _one_registry(tracker.uri) as mlflow, mlflow.start_run(run_id=tracker.run_id):
             info = mlflow.pyfunc.log_model(
                 name="tokenizer",
                 python_model=str(SERVING),
@@ -162,8 +159,8 @@ def find_judge(registry: str, model: ModelVersion) -> str:
 def download(registry: str, model: ModelVersion, path: str, folder: str) -> str:
     """Where the file or folder ``path`` of a registered model is after it was copied into the local ``folder``."""
     uri = f"models:/{model.name}/{model.version}/{path}".rstrip("/")
-    with _artifacts(registry) as artifacts:
-        return str(artifacts.download_artifacts(uri, dst_path=folder))
+    with _one_registry(registry) as mlflow:
+        return str(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
 
 
 def copy_tokenizer(registry: str, model: ModelVersion, uri: str) -> None:
@@ -176,8 +173,8 @@ def copy_tokenizer(registry: str, model: ModelVersion, uri: str) -> None:
 
 def read_reference(registry: str, model: ModelVersion) -> Any:
     """What the images of a model's training were like; None when it was registered without that."""
-    with _artifacts(registry) as artifacts:
-        files = artifacts.list_artifacts(f"models:/{model.name}/{model.version}/artifacts/tokenizer")
+    with _one_registry(registry) as mlflow:
+        files = mlflow.artifacts.list_artifacts(f"models:/{model.name}/{model.version}/artifacts/tokenizer")
     if not any(Path(file.path).name == REFERENCE for file in files):
         return None
     with tempfile.TemporaryDirectory() as scratch:
@@ -247,19 +244,25 @@ def _client(registry: str) -> "MlflowClient":
 
 
 @contextmanager
-def _artifacts(registry: str) -> Iterator[Any]:
-    """MLflow's functions for artifacts; of models:/ they know one registry, the process's, which is in its environment
-    too: that is put back, as it overrules our configs."""
+def _one_registry(registry: str) -> Iterator[Any]:
+    """MLflow with ``registry`` for both its stores, for functions that know none but the process's.
+
+    Put back afterwards, in the environment too: MLflow writes them there, where they would overrule configs, and
+    the registry of one run would be another's.
+    """
     import mlflow
 
-    before = os.environ.get(TRACKING_URI)
+    before = {name: os.environ.get(name) for name in (TRACKING_URI, REGISTRY_URI)}
     try:
         mlflow.set_tracking_uri(registry)
         mlflow.set_registry_uri(registry)
-        yield mlflow.artifacts
+        yield mlflow
     finally:
-        os.environ.pop(TRACKING_URI, None)
-        os.environ.update({TRACKING_URI: before} if before is not None else {})
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            os.environ.update({name: value} if value is not None else {})
 
 
 @contextmanager
@@ -282,10 +285,11 @@ def download_tokenizer(uri: str) -> str:
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    where = mlflow.get_tracking_uri()
     try:
-        return mlflow.artifacts.download_artifacts(f"{uri}/artifacts/tokenizer")
+        with _one_registry(where):
+            return str(mlflow.artifacts.download_artifacts(f"{uri}/artifacts/tokenizer"))
     except MlflowException as error:
-        where = mlflow.get_tracking_uri()
         raise ValueError(f"--model {uri!r}: not found in {where} (set MLFLOW_TRACKING_URI): {error}") from error
 
 

@@ -1,11 +1,17 @@
 """Judges in the model registry: versions with their figures, and the files come out as they went in."""
 
+import os
 from pathlib import Path
 
 import mlflow
+import pytest
+from PIL import Image
+from skimage import data
 
-from components.registry import find_judge, judge_digest, register_judge
+from components.images import encode_png
+from components.registry import Companions, find_judge, find_tokenizer, judge_digest, register_judge, register_tokenizer
 from components.tracking import Store, open_parent_run
+from model.starter import model_folder
 
 
 def test_a_judge_is_registered_with_its_figures_and_comes_out_again(tmp_path: Path) -> None:
@@ -29,3 +35,21 @@ def test_a_judge_is_registered_with_its_figures_and_comes_out_again(tmp_path: Pa
     assert find_judge(uri, made[0]) == find_judge(uri, made[1]) == judge_digest(str(folder))
     for file in folder.iterdir():
         assert (Path(found.source) / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_registers_where_it_is_recorded_whatever_else_the_process_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = f"sqlite:///{tmp_path}/elsewhere.db"
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", elsewhere)
+    for name in ("one", "other"):
+        uri = f"sqlite:///{tmp_path}/{name}.db"
+        tracker = open_parent_run(Store(uri, "alit", str(tmp_path / name)), "run", {})
+        example = encode_png(Image.fromarray(data.astronaut()))
+        made = register_tokenizer(
+            tracker, model_folder("starter"), name="alit", companions=Companions({}, {}), example_png=example
+        )
+        assert find_tokenizer(uri, "models:/alit/1").model == made
+        assert os.environ["MLFLOW_REGISTRY_URI"] == elsewhere
+    assert not Path(tmp_path, "elsewhere.db").exists()
