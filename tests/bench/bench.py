@@ -1,12 +1,11 @@
 """`make bench`: the tokenizer's speed in one table, beside the authors' code and what the machine can do.
 
 The authors' code was timed once, on a machine whose matrix product in float32 is AUTHORS_PRODUCT; its seconds are
-scaled by the same product timed here, in this run. Every case has a process of its own. bf16 is left out where it is no
-faster.
+scaled by the same product timed here, around each case. Every case has a process of its own. bf16 is left out where it
+is no faster.
 """
 
 import argparse
-import sys
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +15,7 @@ from tests.bench.bench_model import in_own_process as measured
 from tests.bench.machine import CHANNELS_LAST, CONVOLUTION, PRODUCT, TYPES, ceilings
 from tests.bench.precision_error import error_table
 
+Machine = dict[str, dict[str, float]]  # precision -> ceiling -> operations a second
 AUTHORS_PRODUCT = 210e9  # operations a second in float32, where their code was timed
 
 
@@ -45,10 +45,10 @@ CASES = (
 )
 
 
-def line(case: Case, precision: str, row: Row, machine: dict[str, dict[str, float]]) -> str:
-    """One row of the table."""
-    authors_s = case.authors_s * AUTHORS_PRODUCT / machine["fp32"][PRODUCT]
-    product = machine[precision][PRODUCT]
+def line(case: Case, precision: str, row: Row, ceiling: Machine) -> str:
+    """One row of the table; ``ceiling``: the better of its ceilings just before and just after."""
+    authors_s = case.authors_s * AUTHORS_PRODUCT / ceiling["fp32"][PRODUCT]
+    product = ceiling[precision][PRODUCT]
     ratio, target = authors_s / row.seconds, case.target[precision]
     shares = (f"{speed / seconds / product:.0%}" if speed else "-" for seconds, speed in row.phases.values())
     verdict = "met" if ratio >= target else "missed"
@@ -56,46 +56,48 @@ def line(case: Case, precision: str, row: Row, machine: dict[str, dict[str, floa
     return f"| {case.label} | {precision} | {case.batch} | {seconds} | {' | '.join(shares)} | {row.peak_gb:.1f} |"
 
 
-def machine_table(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> str:
-    """Ceilings by precision, before and after."""
-    lines = ["| GFLOP/s before, after | " + " | ".join(before) + " |", "|---|" + "---|" * len(before)]
-    for name in (PRODUCT, CONVOLUTION, CHANNELS_LAST):
-        pairs = (f"{before[kind][name] / 1e9:.0f}, {after[kind][name] / 1e9:.0f}" for kind in before)
-        lines.append(f"| {name} | {' | '.join(pairs)} |")
-    return "\n".join(lines)
+def machine() -> Machine:
+    """What the machine can do now."""
+    return {kind: ceilings(dtype) for kind, dtype in TYPES.items()}
 
 
-def best(before: dict[str, dict[str, float]], after: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def best(before: Machine, after: Machine) -> Machine:
     """The better of two measurements of each ceiling."""
     return {kind: {name: max(value, after[kind][name]) for name, value in before[kind].items()} for kind in before}
 
 
+def machine_table(found: list[Machine]) -> str:
+    """The lowest and the highest of each ceiling; far apart, they say that the machine had other work."""
+    lines = ["| GFLOP/s, lowest to highest | " + " | ".join(TYPES) + " |", "|---|" + "---|" * len(TYPES)]
+    for name in (PRODUCT, CONVOLUTION, CHANNELS_LAST):
+        values = [[one[kind][name] / 1e9 for one in found] for kind in TYPES]
+        lines.append(f"| {name} | {' | '.join(f'{min(column):.0f} to {max(column):.0f}' for column in values)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure and print, each row when it is known."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names of cases")
     parser.add_argument("--precision", nargs="*", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--repeats", type=int, default=1, help="of each case; the best counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokenizer", help="folder of a trained one, for the error of bf16 (default: the starter)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    before = {kind: ceilings(dtype) for kind, dtype in TYPES.items()}
-    faster = before["bf16"][PRODUCT] > before["fp32"][PRODUCT]
-    rows = []
+    found = [machine()]
+    faster = found[0]["bf16"][PRODUCT] > found[0]["fp32"][PRODUCT]
+    shares = " | ".join(f"{name} of the product" for name in (*PHASES, REST))
+    print(f"| case | precision | batch | s | authors, scaled, s | ratio | target | {shares} | peak GB |")
+    print("|---|---|---|---|---|---|---|" + "---|" * (len(PHASES) + 2), flush=True)
     for case in (case for case in CASES if any(part in case.label for part in options.only)):
         for precision in (kind for kind in options.precision if kind == "fp32" or faster):
             settings = {"batch": case.batch, "dtype": precision, "recompute": case.recompute}
-            arguments = [f"--{name}={value}" for name, value in {**settings, "threads": options.threads}.items()]
-            rows.append((case, precision, measured(case.name, arguments)))
-            print(f"{case.label}, {precision}: {rows[-1][2].seconds:.1f} s", file=sys.stderr, flush=True)
-    after = {kind: ceilings(dtype) for kind, dtype in TYPES.items()}
-    print(machine_table(before, after))
-    shares = " | ".join(f"{name} of the product" for name in (*PHASES, REST))
-    print(f"\n| case | precision | batch | s | authors, scaled, s | ratio | target | {shares} | peak GB |")
-    print("|---|---|---|---|---|---|---|" + "---|" * (len(PHASES) + 2))
-    for case, precision, row in rows:
-        print(line(case, precision, row, best(before, after)))
-    print(f"\n{error_table(options.tokenizer)}")
+            settings |= {"repeats": options.repeats, "threads": options.threads}
+            row = measured(case.name, [f"--{name}={value}" for name, value in settings.items()])
+            found.append(machine())
+            print(line(case, precision, row, best(*found[-2:])), flush=True)
+    print(f"\n{machine_table(found)}\n\n{error_table(options.tokenizer)}")
 
 
 if __name__ == "__main__":
