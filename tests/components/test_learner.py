@@ -1,5 +1,6 @@
 """A training step: the same on any number of workers, in any number of passes, cut up or whole; what it survives."""
 
+import faulthandler
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -32,6 +33,7 @@ from model.recipes import FinetuneConfig, PerceptualConfig
 from model.starter import STARTER
 
 BATCH, STEPS = 12, 4
+STUCK_S = 300
 SMALL_BASE = replace(SIZES["demo"].base, channels=8, num_groups=4)
 
 
@@ -106,6 +108,7 @@ def go(learner: Learner, images: Tensor) -> list[float]:
 
 
 def worker(rank: int, world: int, folder: str, case: Case) -> None:
+    faulthandler.dump_traceback_later(STUCK_S, exit=True)  # one that hangs says where, and the others end with it
     torch.set_num_threads(1)
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=120)
@@ -116,6 +119,7 @@ def worker(rank: int, world: int, folder: str, case: Case) -> None:
     if rank == 0:
         torch.save({"losses": losses, "state": state}, f"{folder}/result.pt")
     distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def on_workers(world: int, folder: Path, run: TrainRun) -> tuple[list[float], dict[str, Any]]:
