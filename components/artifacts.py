@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from math import ceil, log2
@@ -27,6 +27,7 @@ Figures = dict[str, float | int | str]
 
 MANIFEST = "artifact.json"
 DRAFTS = ".drafts"
+TOKENIZER_FILES = ("config.json", "weights.safetensors")
 
 IMAGES_SCHEMA = pa.schema(
     [
@@ -197,6 +198,14 @@ class Manifest:
     created: str = field(default_factory=lambda: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()))
 
 
+def digest_of(folder: Path, names: Sequence[str]) -> str:
+    """sha256 over the named files of a folder."""
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A finished folder; ``uri`` is where it stands, ``key`` what it was made from."""
@@ -263,6 +272,11 @@ class Tokenizer(Artifact):
 
     schema: ClassVar[str] = "tokenizer"
 
+    def digest(self) -> str:
+        """sha256 of both files: the same for the one that was trained here and a copy from the model registry."""
+        with local_folder(self.uri) as folder:
+            return digest_of(Path(folder), TOKENIZER_FILES)
+
 
 @dataclass(frozen=True)
 class Judge(Artifact):
@@ -275,7 +289,8 @@ class Judge(Artifact):
 class CodeBook(Artifact):
     """``table``: image_id, codes: those of every budget, one after the other, flat (float16 when continuous).
 
-    Files are called as the ImageSet's, and have its rows.
+    Files are called as the ImageSet's, and have its rows. ``budgets.json``: the budgets; ``tokenizer.json``: the digest
+    of the tokenizer.
     """
 
     schema: ClassVar[str] = "code_book"

@@ -3,19 +3,27 @@
 It and serving.py, which MLflow runs beside the weights, are the modules besides tracking.py that import mlflow.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import MANIFEST, exists, filled_folder, join, local_folder, read_json
+from components.artifacts import (
+    MANIFEST,
+    TOKENIZER_FILES,
+    digest_of,
+    exists,
+    filled_folder,
+    join,
+    local_folder,
+    read_json,
+)
 from components.buckets import check, is_bucket
 from components.config import RuleConfig
 from components.rules import HEADS
@@ -27,7 +35,6 @@ if TYPE_CHECKING:
 
 SERVING = Path(__file__).with_name("serving.py")
 PACKAGES = ("model", "components")  # what serving.py imports, at the version that made the weights
-TOKENIZER_FILES = ("config.json", "weights.safetensors")
 REFERENCE = "reference.json"  # beside the weights: what the images of the training were like
 TRACKING_URI, REGISTRY_URI = "MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"
 STANDING = "\n## Standing\n\n"  # the end of a version's description, which its aliases write
@@ -179,14 +186,6 @@ def read_reference(registry: str, model: ModelVersion) -> Any:
         return None
     with tempfile.TemporaryDirectory() as scratch:
         return read_json(download(registry, model, f"artifacts/tokenizer/{REFERENCE}", scratch)) or None
-
-
-def digest_of(folder: Path, names: Sequence[str]) -> str:
-    """sha256 over the named files of a folder."""
-    digest = hashlib.sha256()
-    for name in sorted(names):
-        digest.update(name.encode() + hashlib.sha256((folder / name).read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def judge_digest(folder: str) -> str:

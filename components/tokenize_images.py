@@ -15,6 +15,7 @@ from components.artifacts import (
     ImageSet,
     Job,
     Tokenizer,
+    exists,
     finished,
     join,
     read_batches,
@@ -26,6 +27,8 @@ from components.images import stack, to_float
 from components.mapping import Mapping, Totals, load_tokenizer, map_parts
 from components.parts import Earlier, plan_parts
 
+MAKER = "tokenizer.json"  # the digest of the tokenizer that made the codes
+
 
 def tokenize(
     job: Job, *, config: PrecisionConfig, resources: InferenceResources, images: ImageSet, tokenizer: Tokenizer
@@ -35,7 +38,7 @@ def tokenize(
     Those that an earlier CodeBook of the same tokenizer has are taken over. Figures are of all images, but for
     ``encoded``: images that went through the encoder in this run.
     """
-    target = join(job.output, "table")
+    target, digest = join(job.output, "table"), tokenizer.digest()
     mapping = Mapping(
         sources=[images.table_uri],
         target=target,
@@ -43,19 +46,20 @@ def tokenize(
         resources=resources,
         columns=[["image_id", "image"]],
     )
-    plan = plan_parts(images.table_uri, ["codes"], _earlier(job, config, tokenizer))
+    plan = plan_parts(images.table_uri, ["codes"], _earlier(job, config, digest))
     totals = map_parts(plan, lambda _: mapping, target=target, progress=job.progress)
     budgets = read_json(join(tokenizer.uri, "config.json"))["config"]["budgets"]
     write_json(join(job.output, "budgets.json"), budgets)
+    write_json(join(job.output, MAKER), digest)
     first = next(read_batches(target, columns=["codes"], batch_rows=1))["codes"][0]
     return {"images": int(totals["rows"]), "tokens": int(totals["rows"]) * len(first), "encoded": int(totals["made"])}
 
 
-def _earlier(job: Job, config: PrecisionConfig, tokenizer: Tokenizer) -> Iterator[Earlier]:
-    """The codes that ``tokenizer`` made before at this precision, whichever stage it came from."""
+def _earlier(job: Job, config: PrecisionConfig, digest: str) -> Iterator[Earlier]:
+    """The codes that a tokenizer with these weights made before at this precision, whichever stage it came from."""
     for uri, manifest in () if job.fresh else finished(job.workspace, job.stage):
-        made = (manifest.code, manifest.config, manifest.inputs.get("tokenizer"))
-        if made == (job.code, config.model_dump(mode="json"), tokenizer.key):
+        alike = (manifest.code, manifest.config) == (job.code, config.model_dump(mode="json"))
+        if alike and exists(join(uri, MAKER)) and read_json(join(uri, MAKER)) == digest:
             yield Earlier(join(uri, "table"), {"codes": "codes"}, same=True)
 
 

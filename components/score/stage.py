@@ -47,7 +47,7 @@ def score(
     with spaces between them), ``copied_columns`` (those that were measured for no image).
     """
     by_task = {name.removeprefix(JUDGE): judge for name, judge in judges.items()}
-    makers = {"tokenizer": tokenizer.key, "codes": codes.manifest.code, "precision": config.precision}
+    makers = {"tokenizer": tokenizer.digest(), "codes": codes.manifest.code, "precision": config.precision}
     columns = wanted_columns(config, makers, by_task)
     names = [column.name for column in columns]
     plan = plan_parts(images.table_uri, names, earlier_tables(job, columns), keys=KEYS)

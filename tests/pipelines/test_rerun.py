@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from components.registry import digest_of, find_tokenizer
+from components.artifacts import digest_of
+from components.registry import find_tokenizer
 from model import AlitTokenizer
 from model.starter import STARTER
 from pipelines.build import build
