@@ -187,7 +187,7 @@ class NoConfig(Settings):
 class PrecisionConfig(Settings):
     """At what precision codes and reconstructions are computed."""
 
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"  # model/inference.py
 
 
 class InferenceResources(Settings):

@@ -3,7 +3,8 @@
 Convolutions have their weights, and so their activations, channels-last, which is quicker. At bf16 linear layers and
 convolutions hold bfloat16 weights and multiply in bfloat16 (sums are float32 inside); what is added up, normalised,
 looked up or compared stays float32, and so do the three layers whose output is read off: latents before quantization,
-the decoder's predictions, and pixels.
+the decoder's predictions, and pixels. At int8 linear layers, but for those, multiply whole numbers (``Int8Linear``) and
+all else is as at fp32: for processors that have int8 instructions, whether they have bf16 or not.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,12 +15,46 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from model.tokenizer import AlitTokenizer
 
-Precision = Literal["fp32", "bf16"]
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+Precision = Literal["fp32", "bf16", "int8"]
+PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+INT8_MAX = 127
+
+
+class Int8Linear(nn.Module):
+    """A linear layer whose weights are int8 with a scale per output, and inputs rounded to int8 with one per token.
+
+    A token's scale is its own and sums are exact in int32, so an image's results don't depend on its batch, as they
+    would with one scale a tensor (torch.ao.quantization.quantize_dynamic).
+    """
+
+    weight_IO: Tensor
+    scale_O: Tensor
+    bias: Tensor | None
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        scale_O1 = _scale(layer.weight.detach())
+        self.register_buffer("weight_IO", (layer.weight.detach() / scale_O1).round().to(torch.int8).T.contiguous())
+        self.register_buffer("scale_O", scale_O1.squeeze(1))
+        self.register_buffer("bias", None if layer.bias is None else layer.bias.detach())
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """[…, in] float32 to [..., out] float32."""
+        rows_NI = inputs.flatten(0, -2)
+        scale_N1 = _scale(rows_NI)
+        product_NO = torch._int_mm((rows_NI / scale_N1).round().to(torch.int8), self.weight_IO)
+        outputs_NO = product_NO * scale_N1 * self.scale_O
+        return (outputs_NO if self.bias is None else outputs_NO + self.bias).view(*inputs.shape[:-1], -1)
+
+
+def _scale(rows: Tensor) -> Tensor:
+    """What each row [N, I] is divided by to lie in the range of int8, [N, 1]."""
+    return rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny) / INT8_MAX
 
 
 def prepare_for_inference(tokenizer: "AlitTokenizer", precision: Precision) -> None:
-    """Make ``tokenizer`` quick, in place; from bf16 there is no way back, so it is neither trained nor saved.
+    """Make ``tokenizer`` quick, in place; from another precision than fp32 there is no way back, so it is neither
+    trained nor saved then.
 
     Raises ValueError for another precision.
     """
@@ -27,13 +62,16 @@ def prepare_for_inference(tokenizer: "AlitTokenizer", precision: Precision) -> N
         raise ValueError(f"precision = {precision!r}: allowed are {list(PRECISIONS)}")
     tokenizer.precision = precision
     exact = {id(weight) for weight in _read_off(tokenizer)}
-    for layer in tokenizer.modules():
+    for layer in list(tokenizer.modules()):
         if isinstance(layer, nn.Conv2d):
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
         if precision == "bf16" and isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm):
             layer.register_forward_pre_hook(_in_its_own_type)
             if id(layer.weight) not in exact:
                 layer.to(torch.bfloat16).requires_grad_(False)
+        for name, child in layer.named_children() if precision == "int8" else ():
+            if isinstance(child, nn.Linear) and id(child.weight) not in exact:
+                setattr(layer, name, Int8Linear(child))
 
 
 def _read_off(tokenizer: "AlitTokenizer") -> list[Tensor]:

@@ -234,7 +234,7 @@ class AlitTokenizer(nn.Module):
     ) -> "AlitTokenizer":
         """The tokenizer saved in ``folder``, in eval mode; raises ValueError for another or a newer format.
 
-        ``precision`` "bf16" is faster where the hardware has it, and changes some codes (``model/inference.py``).
+        ``precision`` "bf16" or "int8" is faster where hardware has it, and changes some codes (``model/inference.py``).
         """
         config, weights = load_folder(folder, kind=FORMAT, version=FORMAT_VERSION)
         tokenizer = cls.with_weights(AlitConfig.from_dict(config), weights).eval()

@@ -1,8 +1,8 @@
 """`make bench`: the tokenizer's speed in one table, beside the authors' code and what the machine can do.
 
 The authors' code was timed once, on a machine whose matrix product in float32 is AUTHORS_PRODUCT; its seconds are
-scaled by the same product timed here, around each case. Every case has a process of its own. bf16 is left out where it
-is no faster.
+scaled by the same product timed here, around each case. Every case has a process of its own. bf16 and int8 are left
+out where they are no faster; nothing is trained at int8.
 """
 
 import argparse
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 
 import torch
 
+from model.inference import PRECISIONS, Precision
 from tests.bench.bench_model import PHASES, REST, Row
 from tests.bench.bench_model import in_own_process as measured
-from tests.bench.machine import CHANNELS_LAST, CONVOLUTION, PRODUCT, TYPES, ceilings
+from tests.bench.machine import CHANNELS_LAST, CONVOLUTION, CONVOLVED_AT, PRODUCT, ceilings
 from tests.bench.precision_error import error_table
 
-Machine = dict[str, dict[str, float]]  # precision -> ceiling -> operations a second
+Machine = dict[Precision, dict[str, float]]  # precision -> ceiling -> operations a second
 AUTHORS_PRODUCT = 210e9  # operations a second in float32, where their code was timed
 
 
@@ -26,7 +27,7 @@ class Case:
     name: str
     batch: int
     authors_s: float
-    target: dict[str, float]  # ratio by precision
+    target: dict[Precision, float]  # ratio, where there is a target
     recompute: str = "none"
 
     @property
@@ -45,20 +46,24 @@ CASES = (
 )
 
 
-def line(case: Case, precision: str, row: Row, ceiling: Machine) -> str:
+def line(case: Case, precision: Precision, row: Row, ceiling: Machine) -> str:
     """One row of the table; ``ceiling``: the better of its ceilings just before and just after."""
     authors_s = case.authors_s * AUTHORS_PRODUCT / ceiling["fp32"][PRODUCT]
-    product = ceiling[precision][PRODUCT]
-    ratio, target = authors_s / row.seconds, case.target[precision]
-    shares = (f"{speed / seconds / product:.0%}" if speed else "-" for seconds, speed in row.phases.values())
-    verdict = "met" if ratio >= target else "missed"
-    seconds = f"{row.seconds:.1f} | {authors_s:.1f} | {ratio:.2f} | {target:g}, {verdict}"
+    ratio, target = authors_s / row.seconds, case.target.get(precision)
+    shares = (
+        f"{operations / seconds / ceiling[CONVOLVED_AT[precision] if 'base' in phase else precision][PRODUCT]:.0%}"
+        if operations
+        else "-"
+        for phase, (seconds, operations) in row.phases.items()
+    )
+    verdict = "none" if target is None else f"{target:g}, {'met' if ratio >= target else 'missed'}"
+    seconds = f"{row.seconds:.1f} | {authors_s:.1f} | {ratio:.2f} | {verdict}"
     return f"| {case.label} | {precision} | {case.batch} | {seconds} | {' | '.join(shares)} | {row.peak_gb:.1f} |"
 
 
 def machine() -> Machine:
     """What the machine can do now."""
-    return {kind: ceilings(dtype) for kind, dtype in TYPES.items()}
+    return {kind: ceilings(kind) for kind in PRECISIONS}
 
 
 def best(before: Machine, after: Machine) -> Machine:
@@ -68,9 +73,9 @@ def best(before: Machine, after: Machine) -> Machine:
 
 def machine_table(found: list[Machine]) -> str:
     """The lowest and the highest of each ceiling; far apart, they say that the machine had other work."""
-    lines = ["| GFLOP/s, lowest to highest | " + " | ".join(TYPES) + " |", "|---|" + "---|" * len(TYPES)]
+    lines = ["| GFLOP/s, lowest to highest | " + " | ".join(PRECISIONS) + " |", "|---|" + "---|" * len(PRECISIONS)]
     for name in (PRODUCT, CONVOLUTION, CHANNELS_LAST):
-        values = [[one[kind][name] / 1e9 for one in found] for kind in TYPES]
+        values = [[one[kind][name] / 1e9 for one in found] for kind in PRECISIONS]
         lines.append(f"| {name} | {' | '.join(f'{min(column):.0f} to {max(column):.0f}' for column in values)} |")
     return "\n".join(lines)
 
@@ -79,25 +84,28 @@ def main() -> None:
     """Measure and print, each row when it is known."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="*", default=[""], help="parts of names of cases")
-    parser.add_argument("--precision", nargs="*", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--precision", nargs="*", default=PRECISIONS, choices=PRECISIONS)
     parser.add_argument("--repeats", type=int, default=1, help="of each case; the best counts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--tokenizer", help="folder of a trained one, for the error of bf16 (default: the starter)")
+    parser.add_argument("--tokenizer", help="folder of a trained one, for the tables of errors (default: the starter)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     found = [machine()]
-    faster = found[0]["bf16"][PRODUCT] > found[0]["fp32"][PRODUCT]
+    products = {kind: ceiling[PRODUCT] for kind, ceiling in found[0].items()}
+    kinds = [kind for kind in options.precision if kind == "fp32" or products[kind] > products["fp32"]]
     shares = " | ".join(f"{name} of the product" for name in (*PHASES, REST))
     print(f"| case | precision | batch | s | authors, scaled, s | ratio | target | {shares} | peak GB |")
     print("|---|---|---|---|---|---|---|" + "---|" * (len(PHASES) + 2), flush=True)
     for case in (case for case in CASES if any(part in case.label for part in options.only)):
-        for precision in (kind for kind in options.precision if kind == "fp32" or faster):
+        for precision in (kind for kind in kinds if kind != "int8" or "training" not in case.name):
             settings = {"batch": case.batch, "dtype": precision, "recompute": case.recompute}
             settings |= {"repeats": options.repeats, "threads": options.threads}
             row = measured(case.name, [f"--{name}={value}" for name, value in settings.items()])
             found.append(machine())
             print(line(case, precision, row, best(*found[-2:])), flush=True)
-    print(f"\n{machine_table(found)}\n\n{error_table(options.tokenizer)}")
+    print(f"\n{machine_table(found)}")
+    for precision in (kind for kind in kinds if kind != "fp32"):
+        print(f"\n{error_table(precision, options.tokenizer)}", flush=True)
 
 
 if __name__ == "__main__":

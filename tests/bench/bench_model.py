@@ -2,7 +2,8 @@
 
 Every row: seconds (the best of the repeats), images a second, where the time went, floating-point operations a second
 and their share of a large matrix product timed in the same run. Weights are random, images are real. At bf16 inference
-is what ``AlitTokenizer.load(…, precision="bf16")`` does, training what ``precision: bf16`` does: autocast.
+is what ``AlitTokenizer.load(…, precision="bf16")`` does, training what ``precision: bf16`` does: autocast. Nothing is
+trained at int8.
 """
 
 import argparse
@@ -28,11 +29,11 @@ from components.config import OptimizerConfig
 from components.train.optimizer import build_optimizer
 from model import SIZES, AlitTokenizer
 from model.config import DistillConfig
-from model.inference import prepare_for_inference
+from model.inference import PRECISIONS, prepare_for_inference
 from model.objectives import DistillObjective, train_only
 from model.recompute import recompute_blocks
 from model.selection import FixedTokens, Floats, Selection
-from tests.bench.machine import PRODUCT, TYPES, ceilings
+from tests.bench.machine import PRODUCT, ceilings
 
 PHASES = ("base encode", "rollouts", "decoder", "base decode")
 REST = "rest"  # for training: the backward pass and the optimizer
@@ -72,6 +73,10 @@ def _attention(query: Any, key: Any, value: Any, *_args: Any, **_kwargs: Any) ->
     return sdpa_flop_count(query, key, value)
 
 
+def _int8_product(left: Any, right: Any, **_kwargs: Any) -> int:
+    return 2 * int(left[0]) * int(left[1]) * int(right[1])
+
+
 def counting() -> FlopCounterMode:
     """A counter that knows attention on the CPU too (backward: its two halves cost 2.5 times the forward pass)."""
     aten = torch.ops.aten
@@ -82,6 +87,7 @@ def counting() -> FlopCounterMode:
     return FlopCounterMode(
         display=False,
         custom_mapping={
+            aten._int_mm: _int8_product,
             aten._scaled_dot_product_flash_attention_for_cpu: _attention,
             aten._scaled_dot_product_flash_attention_for_cpu_backward: backward,
         },
@@ -242,7 +248,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--side", type=int, default=256, help="of the images, px")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--dtype", default="fp32", choices=sorted(TYPES))
+    parser.add_argument("--dtype", default="fp32", choices=PRECISIONS)
     parser.add_argument("--recompute", default="none", choices=("none", "light", "full"), help="of training")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--skip", nargs="*", default=[], help="parts of names of cases to leave out")
@@ -261,16 +267,16 @@ def main() -> None:
     if options.case:
         print(json.dumps(asdict(measure(options.case, options, tokenizer, images))))
         return
-    dtype = TYPES[options.dtype]
-    found = ceilings(dtype)
-    names = [n for n in cases(tokenizer, images) if not any(part in n for part in options.skip)]
+    found = ceilings(options.dtype)
+    skip = [*options.skip, *(["training"] if options.dtype == "int8" else [])]
+    names = [n for n in cases(tokenizer, images) if not any(part in n for part in skip)]
     rows = []
     for name in names:
         rows.append(
             in_own_process(name, sys.argv[1:]) if name in OWN_PROCESS else measure(name, options, tokenizer, images)
         )
         print(f"{name}: {rows[-1].seconds:.2f} s", file=sys.stderr, flush=True)
-    after = ceilings(dtype)
+    after = ceilings(options.dtype)
     print(f"{options.size}, {options.side} px, batch {options.batch}, {options.dtype}, {options.threads} threads")
     for name in found:
         print(f"ceiling, {name}: {found[name] / 1e9:.0f} GFLOP/s before, {after[name] / 1e9:.0f} after")

@@ -1,10 +1,11 @@
-"""What bf16 costs: the codes that change, and L1 and PSNR with and without it, on real photographs."""
+"""What bf16 and int8 cost: the codes that change, and L1 and PSNR with and without it, on real photographs."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from model import AlitTokenizer
+from model.inference import Precision
 from model.metrics import METRICS
 from model.starter import STARTER
 
@@ -22,9 +23,9 @@ def squares(side: int, number: int = 64) -> Tensor:
     return torch.stack(found[:number])
 
 
-def errors(folder: str | None = None) -> list[tuple[int, float, float, float, float, float]]:
-    """By budget: tokens, share of codes that change, L1 and PSNR at fp32, and what bf16 adds to each."""
-    exact, rounded = (AlitTokenizer.load(folder or STARTER, precision=kind) for kind in ("fp32", "bf16"))
+def errors(precision: Precision, folder: str | None = None) -> list[tuple[int, float, float, float, float, float]]:
+    """By budget: tokens, share of codes that change, L1 and PSNR at fp32, and what ``precision`` adds to each."""
+    exact, rounded = (AlitTokenizer.load(folder or STARTER, precision=kind) for kind in ("fp32", precision))
     images = squares(exact.config.image_size[0])
     rows = []
     with torch.inference_mode():
@@ -34,15 +35,16 @@ def errors(folder: str | None = None) -> list[tuple[int, float, float, float, fl
                 name: [METRICS[name](images, step.images.clamp(0, 1)).mean().item() for step in (one, other)]
                 for name in ("l1", "psnr")
             }
-            (l1, l1_bf16), (psnr, psnr_bf16) = scores["l1"], scores["psnr"]
+            (l1, l1_rounded), (psnr, psnr_rounded) = scores["l1"], scores["psnr"]
             changed = (one.codes != other.codes).float().mean().item()
-            rows.append((one.num_tokens, changed, l1, l1_bf16 - l1, psnr, psnr_bf16 - psnr))
+            rows.append((one.num_tokens, changed, l1, l1_rounded - l1, psnr, psnr_rounded - psnr))
     return rows
 
 
-def error_table(folder: str | None = None) -> str:
+def error_table(precision: Precision, folder: str | None = None) -> str:
     """As markdown."""
-    lines = ["| tokens | codes that bf16 changes | L1, fp32 | bf16 adds | PSNR, fp32 | bf16 adds |", "|" + "---|" * 6]
-    for tokens, changed, l1, l1_more, psnr, psnr_more in errors(folder):
+    adds = f"{precision} adds"
+    lines = [f"| tokens | codes that {precision} changes | L1, fp32 | {adds} | PSNR, fp32 | {adds} |", "|" + "---|" * 6]
+    for tokens, changed, l1, l1_more, psnr, psnr_more in errors(precision, folder):
         lines.append(f"| {tokens} | {changed:.1%} | {l1:.4f} | {l1_more:+.5f} | {psnr:.2f} dB | {psnr_more:+.3f} dB |")
     return "\n".join(lines)

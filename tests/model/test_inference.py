@@ -1,9 +1,10 @@
-"""bf16 stays close, leaves no trace in what is saved, and gives an image the same tokens in any company."""
+"""bf16 and int8 stay close, leave no trace in what is saved, and give an image the same tokens in any company."""
 
 import pytest
 import torch
 
 from model import AlitTokenizer
+from model.inference import PRECISIONS
 from model.starter import STARTER
 from tests.bench.precision_error import errors, squares
 
@@ -13,9 +14,10 @@ def rounded() -> AlitTokenizer:
     return AlitTokenizer.load(STARTER, precision="bf16")
 
 
-def test_the_error_of_bf16_on_photographs():
-    for tokens, changed, _, l1_more, _, psnr_more in errors():
-        assert 0 < changed < 0.05, tokens
+@pytest.mark.parametrize(("precision", "most_changed"), [("bf16", 0.05), ("int8", 0.15)])
+def test_the_error_on_photographs(precision, most_changed):
+    for tokens, changed, _, l1_more, _, psnr_more in errors(precision):
+        assert 0 < changed < most_changed, tokens
         assert abs(l1_more) < 0.002 and abs(psnr_more) < 0.1, tokens
 
 
@@ -37,7 +39,7 @@ def test_rounded_weights_are_not_passed_on(rounded, tmp_path):
         AlitTokenizer.load(STARTER, precision="fp8")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_tokens_and_pixels_are_the_same_bits_in_any_company(precision):
     from model import Threshold
 
