@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.base.base import Autoencoded, BaseTokenizer, Grid, swish
+from model.base.base import Autoencoded, BaseTokenizer, Grid, UpsampleConv, swish
 from model.config import VAEConfig
 from model.halting import halt_by_error
 
@@ -108,7 +108,7 @@ class Decoder(nn.Module):
                 previous = width
             self.levels.append(level)
             if len(self.levels) < len(widths):
-                self.upsample.append(nn.Conv2d(width, width, 3, padding=1))
+                self.upsample.append(UpsampleConv(width))
         self.norm_out = nn.GroupNorm(config.num_groups, previous, eps=1e-6)
         self.conv_out = nn.Conv2d(previous, 3, 3, padding=1)
 
@@ -118,7 +118,7 @@ class Decoder(nn.Module):
         for i, level in enumerate(self.levels):
             x = level(x)
             if i < len(self.upsample):
-                x = self.upsample[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                x = self.upsample[i](x)
         return self.conv_out(swish(self.norm_out(x)))
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.base.base import Autoencoded, BaseTokenizer, Grid, swish
+from model.base.base import Autoencoded, BaseTokenizer, Grid, UpsampleConv, swish
 from model.config import VQGANConfig
 from model.halting import halt_by_probability, true_probability
 
@@ -75,7 +75,7 @@ class Decoder(nn.Module):
             blocks = [ResBlock(previous if i == 0 else width, width, config) for i in range(config.num_res_blocks)]
             self.levels.append(nn.Sequential(*blocks))
             if len(self.levels) < len(widths):
-                self.upsample.append(nn.Conv2d(width, width, 3, padding=1))
+                self.upsample.append(UpsampleConv(width))
             previous = width
         self.norm_out = nn.GroupNorm(config.num_groups, previous, eps=1e-6)
         self.conv_out = nn.Conv2d(previous, 3, 3, padding=1)
@@ -86,7 +86,7 @@ class Decoder(nn.Module):
         for i, level in enumerate(self.levels):
             x = level(x)
             if i < len(self.upsample):
-                x = self.upsample[i](F.interpolate(x, scale_factor=2.0, mode="nearest"))
+                x = self.upsample[i](x)
         return self.conv_out(swish(self.norm_out(x)))
 
 

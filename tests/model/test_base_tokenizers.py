@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from model import AlitTokenizer, Threshold
 from model.base import Autoencoded, BaseTokenizer, Grid, build_base, register_base
+from model.base.base import UpsampleConv
 from model.base.files import load_base, save_base
 from model.config import BASE_CONFIGS, AlitConfig, DistillConfig
 from model.finetune import FinetuneObjective
@@ -150,3 +151,13 @@ def test_quirks_change_what_they_should(photographs):
         residual = build_base(replace(SMALL.base, shortcut="residual"))
         shapes = {n: p.shape for n, p in residual.named_parameters() if "shortcut" in n}
         assert all(shape[0] == shape[1] for shape in shapes.values())
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_upsampling_by_fewer_products_is_the_same_with_its_gradients(photographs, layout):
+    layer, images = UpsampleConv(3).double(), photographs(2, (24, 17)).double().contiguous(memory_format=layout)
+    plain = F.conv2d(F.interpolate(images, scale_factor=2, mode="nearest"), layer.weight, layer.bias, padding=1)
+    torch.testing.assert_close(layer(images), plain, rtol=1e-12, atol=1e-12)
+    parameters = (layer.weight, layer.bias)
+    found, expected = (torch.autograd.grad(out.square().sum(), parameters) for out in (layer(images), plain))
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
