@@ -103,11 +103,12 @@ def _take_over(job: Job, run: "TrainRun") -> Figures:
 def _fit(job: Job, run: "TrainRun", counts: Mapping[str, int]) -> None:
     """Raises FloatingPointError for a training that diverged."""
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
 
     from components.train.data import SHARD, train_dataset
     from components.train.loop import train_loop
     from components.train.order import InOrder
+    from components.train.trainer import Trainer
 
     resources = run.resources
     per_worker = {"CPU": resources.cpus_per_worker}
@@ -117,7 +118,7 @@ def _fit(job: Job, run: "TrainRun", counts: Mapping[str, int]) -> None:
         per_worker["memory"] = resources.memory_mb_per_worker << 20  # bytes
     span = resources.worker_range
     first_step = partial(_newest_step, run.checkpoints)
-    trainer = TorchTrainer(
+    trainer = Trainer(
         train_loop,
         train_loop_config={"run": run},
         datasets={SHARD: train_dataset(run.images.table_uri, counts, run.decode, resources.data_tasks)},
