@@ -17,7 +17,7 @@ from tests.integration.conftest import SMALL, settings
 from tests.integration.test_s3_run import photographs
 from tests.s3_server import client_of, point, upload
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 IMAGES, NEW = 240, 9
 COMMON = (
