@@ -1,7 +1,8 @@
 """drift: whether new images are like those of the training: their token counts, and their scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,10 @@ from components.artifacts import (
     ScoreTable,
     TokenCounts,
     exists,
-    filesystem,
+    finished,
     join,
     read_json,
+    write_bytes,
     write_json,
     write_table,
 )
@@ -28,6 +30,7 @@ from components.rules import describe
 from components.scores import budgets_of, score_files, values_of
 from components.tracking import Tracker
 
+PICTURE = "drift.png"
 ADDED = "added.json"  # of an ImageSet: names of the files in its table that are new; without it all are
 HOW = (
     "psi: population stability index of the new images against those of the training, over token counts or over the "
@@ -67,13 +70,15 @@ def drift(
     scores: ScoreTable,
     **counts: TokenCounts,
 ) -> Figures:
-    """Write ``drift.json``, its rows as ``table`` and, where something was compared, ``drift.png``.
+    """Write ``drift.json``, its rows as ``table``, a section of the page and, where something was compared, a picture.
 
-    ``counts``: of each task, as counts_<task>. Figures: images (new ones), flags, ``drift`` (in words), and psi.NAME.
+    New are the images that were added since the run of this workspace before that was published: those of a night that
+    failed count in the next. ``counts``: of each task, as counts_<task>. Figures: images (new ones), flags, ``drift``
+    (in words), and psi.NAME.
     """
     model = ModelVersion(resources.name, resources.version)
     reference = read_reference(Tracker(**job.tracking).uri, model)
-    new = _new(images, scores)
+    new = _new(job, images, scores)
     by_task = {chosen.manifest.config["name"]: chosen for chosen in counts.values()}
     rows: list[Row] = []
     if reference and new.images >= config.min_images:
@@ -83,16 +88,34 @@ def drift(
     told = {"drift": said, "images": new.images, "rows": [asdict(row) for row in rows], "how": HOW}
     write_json(join(job.output, "drift.json"), told)
     write_table(join(job.output, "table"), pa.Table.from_pylist([asdict(row) for row in rows], _schema()))
-    if rows:
-        _draw(reference["counts"], by_task, new, join(job.output, "drift.png"))
+    if reference and rows:
+        write_bytes(join(job.output, PICTURE), _drawn(reference["counts"], by_task, new))
+    write_json(join(job.output, "sections.json"), {"sections": [_section(said, new, rows)]})
     flags = sum(row.flagged for row in rows)
     return {"images": new.images, "flags": flags, "drift": said} | {f"psi.{row.name}": row.psi for row in rows}
 
 
-def _new(images: ImageSet, scores: ScoreTable) -> _New:
-    uri = join(images.uri, ADDED)
-    parts = tuple(read_json(uri)["parts"]) if exists(uri) else tuple(part_names(images.table_uri))
+def _new(job: Job, images: ImageSet, scores: ScoreTable) -> _New:
+    added = {name for one in (images, *_unpublished(job, images)) for name in _added(one)}
+    parts = tuple(name for name in part_names(images.table_uri) if name in added)
     return _New(parts, sum(len(table) for name, table in score_files(scores, ["image_id"]) if name in parts))
+
+
+def _unpublished(job: Job, images: ImageSet) -> Iterator[ImageSet]:
+    """Those that came before ``images``, back to the one that a run was last published with."""
+    published = {manifest.inputs.get("images") for _, manifest in finished(job.workspace, "publish")}
+    same, reached = (images.manifest.config, images.manifest.code), False
+    for uri, manifest in finished(job.workspace, "ingest"):
+        if reached and (manifest.config, manifest.code) == same:
+            if manifest.key in published:
+                return
+            yield ImageSet(uri, manifest.key)
+        reached = reached or manifest.key == images.key
+
+
+def _added(images: ImageSet) -> Sequence[str]:
+    uri = join(images.uri, ADDED)
+    return read_json(uri)["parts"] if exists(uri) else part_names(images.table_uri)
 
 
 def _count_rows(
@@ -151,8 +174,37 @@ def _schema() -> pa.Schema:
     return pa.schema([(name, kinds[kind]) for name, kind in Row.__annotations__.items()])
 
 
-def _draw(reference: Mapping[str, Any], counts: Mapping[str, TokenCounts], new: _New, uri: str) -> None:
-    """Bars: which share of the images has each count, the training's beside the new ones', a panel a task."""
+def _section(said: str, new: _New, rows: Sequence[Row]) -> dict[str, Any]:
+    """What a report shows (the contract of ``sections.json``: components/analyze/sections.py)."""
+    flagged = any(row.flagged for row in rows)
+    alt = "Bars of the share of images at each token count, the training's beside the new ones'"
+    caption = "Token counts of the training's images and of the new ones."
+    columns = ("what", "new images", "mean", "the training's", "psi", "p", "")
+    title = "New images beside those of the training"
+    return {
+        "id": "drift",
+        "title": "Drift",
+        "claim": "New images are like those that the model was trained on.",
+        "finding": f"Flagged: {said}."
+        if flagged
+        else "Nothing is flagged."
+        if said == NONE
+        else f"{said.capitalize()}.",
+        "images": new.images,
+        "figures": [{"file": PICTURE, "alt": alt, "caption": caption}] if rows else [],
+        "tables": [{"title": title, "columns": columns, "rows": [_cells(r) for r in rows], "note": HOW}]
+        if rows
+        else [],
+    }
+
+
+def _cells(row: Row) -> Sequence[str]:
+    means = f"{row.mean:.4g}", f"{row.reference_mean:.4g}"
+    return (row.name, str(row.images), *means, f"{row.psi:.3f}", f"{row.p_value:.2g}", "flagged" if row.flagged else "")
+
+
+def _drawn(reference: Mapping[str, Any], counts: Mapping[str, TokenCounts], new: _New) -> bytes:
+    """Bars as PNG: which share of the images has each count, the training's beside the new ones', a panel a task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -168,6 +220,6 @@ def _draw(reference: Mapping[str, Any], counts: Mapping[str, TokenCounts], new: 
         axes.set_title(f"{task}: {known['rule']}", fontsize=8)
         axes.set_ylabel("share of images", fontsize=7)
         axes.legend(fontsize=7)
-    store, path = filesystem(uri)
-    with store.open_output_stream(path) as stream:
-        FigureCanvasAgg(figure).print_png(stream)
+    stream = BytesIO()
+    FigureCanvasAgg(figure).print_png(stream)
+    return stream.getvalue()

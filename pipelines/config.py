@@ -161,6 +161,7 @@ class PipelineConfig(Settings):
     pack: PackConfig = PackConfig()
     quality: QualityConfig | None = None  # none: no such stage; {} takes the defaults
     matrix: MatrixConfig | None = MatrixConfig()
+    report: ReportConfig = ReportConfig()
     ray: RaySettings = RaySettings()
     mlflow: MlflowSettings = MlflowSettings()
     s3: S3Settings = S3Settings()
@@ -192,7 +193,6 @@ class RunConfig(PipelineConfig):
     training: TrainingSection
     analyze: AnalyzeConfig | None = None  # none: no such stage; {} takes the defaults
     sweep: SweepConfig | None = None  # what `alit sweep` runs and compares
-    report: ReportConfig = ReportConfig()
     publish: PublishSection = PublishSection()
 
     @model_validator(mode="after")

@@ -10,6 +10,7 @@ from pipelines.config import RerunConfig, user_errors
 from pipelines.dag import Pipeline, Stage
 from pipelines.demands import TokenizerStage
 from pipelines.judging import score_stage
+from pipelines.reporting import report_stage
 from pipelines.runner import absolute
 from pipelines.selection import counts_of, published, stages_from_scores
 from pipelines.train import ingest_stage, tokenize_stage
@@ -29,6 +30,7 @@ def build(config: RerunConfig) -> Pipeline:
     stages = [_ingest(config), _model(found), *judges]
     stages += [tokenize_stage(config, tokenizer), score_stage(config, tokenizer)]
     stages += [*stages_from_scores(config, tokenizer), *_drift(config, found)]
+    stages.append(report_stage(config, tokenizer, f"{found.model.name}, version {found.model.version}", stages))
     publish = _publish(config, found)
     stages.append(replace(publish, needs=published(config, tokenizer, stages)))
     version = f"{config.model} is version {found.model.version}, weights {found.digest[:12]}, in {redact(registry)}"
@@ -88,6 +90,7 @@ def _drift(config: RerunConfig, found: Found) -> list[Stage]:
         "drift",
         run="components.drift:drift",
         produces="Analysis",
+        version="2",
         config=config.drift,
         resources=_registered(found.model),
         needs={"images": "ingest", "scores": "score", **counts_of(config)},

@@ -1,7 +1,7 @@
 """The train pipeline: from a source of images to a registered tokenizer and the tokens that each task needs."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from components.artifacts import join, read_bytes
@@ -15,16 +15,15 @@ from components.config import (
     NoConfig,
     PromoteConfig,
     PublishConfig,
-    ReportResources,
-    ReportStageConfig,
 )
 from components.sources import open_source
 from model.starter import model_folder
 from pipelines.analyzing import analyzing_stages
-from pipelines.config import ConfigError, PipelineConfig, RunConfig, to_yaml
+from pipelines.config import ConfigError, PipelineConfig, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
 from pipelines.demands import TokenizerStage, inference_demand, trained, training_demand
 from pipelines.judging import judge_stages, judges_of, score_stage
+from pipelines.reporting import report_stage
 from pipelines.selection import published, stages_from_scores
 
 
@@ -35,23 +34,8 @@ def build(config: RunConfig) -> Pipeline:
     stages = [ingest_stage(config), *training, tokenize_stage(config, tokenizer)]
     stages += [*judge_stages(config), score_stage(config, tokenizer), *stages_from_scores(config, tokenizer)]
     stages += analyzing_stages(config, tokenizer)
-    stages.append(_report(config, tokenizer, [stage.name for stage in stages]))
+    stages.append(report_stage(config, tokenizer, config.publish.model_name, stages))
     return Pipeline("train", (*stages, _publish(config, published(config, tokenizer, stages)), _promote(config)))
-
-
-def _report(config: RunConfig, tokenizer: TokenizerStage, made: Sequence[str]) -> Stage:
-    """The page; it reads every artifact of the run, if only to say when it was made."""
-    named = {"images": "ingest", "tokenizer": tokenizer.name, "codes": "tokenize", "scores": "score"}
-    others = [name for name in made if name not in named.values()]
-    return Stage(
-        "report",
-        run="components.report:report",
-        produces="Report",
-        config=ReportStageConfig(settings=config.report, model_name=config.publish.model_name),
-        resources=ReportResources(run_config=to_yaml(config)),
-        needs={**named, **{name.replace(".", "_"): name for name in others}},
-        headline=("sections", "bytes"),
-    )
 
 
 def ingest_stage(config: PipelineConfig) -> Stage:

@@ -1,14 +1,16 @@
 """drift, on scores of real photographs and a registered reference; no Ray."""
 
-from dataclasses import replace
+import os
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from components.artifacts import Figures, Job, TokenCounts, read_json, write_json
+from components.artifacts import MANIFEST, Figures, Job, Manifest, TokenCounts, read_json, write_json
 from components.config import DriftConfig, NoConfig, RegisteredModel, RuleConfig
 from components.distributions import reference_of
 from components.drift import drift
@@ -69,6 +71,9 @@ def test_the_training_s_own_images_are_like_them(known: Path, tmp_path: Path) ->
     assert figures["drift"] == "none" and figures["flags"] == 0 and figures["images"] == CROPS
     with Image.open(tmp_path / "drift" / "drift.png") as picture:
         assert picture.width > 300
+    (section,) = read_json(str(tmp_path / "drift" / "sections.json"))["sections"]
+    assert section["finding"] == "Nothing is flagged." and section["images"] == CROPS
+    assert section["figures"][0]["file"] == "drift.png" and section["tables"][0]["rows"][1][0] == "l1@8"
 
 
 def test_images_that_lose_more_are_flagged_and_named(known: Path, tmp_path: Path) -> None:
@@ -92,6 +97,30 @@ def test_only_the_parts_that_were_added_count(known: Path, tmp_path: Path) -> No
     names = sorted(path.name for path in (tmp_path / "none" / "scores" / "table").iterdir())
     some = found(known, tmp_path / "some", worse(photographs(CROPS)), added=names[:1], min_images=10)
     assert 0 < some["images"] < CROPS and some["flags"]
+
+
+def test_images_of_a_night_that_failed_count_in_the_next(known: Path, tmp_path: Path) -> None:
+    """Three nights add a file each; the first was published, the second was not."""
+    made = photographs(CROPS)
+    scores, counts = told(tmp_path, made)
+    names = sorted(path.name for path in Path(scores.table_uri).iterdir())
+    nights = [image_set(tmp_path / "w" / "ingest" / f"night-{number}", made) for number in range(3)]
+    for number, images in enumerate(nights):
+        write_json(f"{images.uri}/added.json", {"parts": [names[number]]})
+        os.utime(Path(images.uri, MANIFEST), (number, number))
+    published = Manifest("publication", 1, "publish", "p", {"images": nights[0].key}, {}, {})
+    (tmp_path / "w" / "publish" / "p").mkdir(parents=True)
+    write_json(str(tmp_path / "w" / "publish" / "p" / MANIFEST), asdict(published))
+    output = Job("drift", "0", str(tmp_path / "w"), str(tmp_path / "drift"), "", tracking={"uri": registry_at(known)})
+    figures = drift(
+        output,
+        config=DriftConfig(min_images=1),
+        resources=RegisteredModel(name="alit-demo", version=1),
+        images=nights[2],
+        scores=scores,
+        counts_reconstruction=counts["reconstruction"],
+    )
+    assert figures["images"] == sum(pq.read_metadata(Path(scores.table_uri, name)).num_rows for name in names[1:])
 
 
 def test_without_a_reference_it_says_so(known: Path, tmp_path: Path) -> None:

@@ -123,6 +123,10 @@ def test_drift_is_seen_and_no_more_than_that(finished: Workspace, similar: Night
     rows = [pq.read_table(path).to_pylist() for path in (finished.path / "drift").glob("*/table/part-0.parquet")]
     assert sorted(sum(row["flagged"] for row in table) > 0 for table in rows) == [False, True]
     assert len(list((finished.path / "drift").glob("*/drift.png"))) == 2
+    page = alit("report", *noise.arguments)
+    assert page.code == 0 and f"report      {page.out.strip()}" in noise.second.out
+    shown = Path(page.out.strip()).read_text()
+    assert ">Drift<" in shown and "Flagged: " in shown and "alit-demo, version 1" in shown
 
 
 def test_another_champion(finished: Workspace, similar: Night) -> None:

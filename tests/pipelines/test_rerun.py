@@ -95,7 +95,7 @@ def test_versions_of_the_same_weights_share_what_is_dear(workspace: Path) -> Non
         build(load_config("rerun", overrides(workspace, f"model=models:/alit-demo/{number}"))).keys()
         for number in (1, 2)
     )
-    assert {name for name in first if first[name] != second[name]} == {"drift", "publish"}
+    assert {name for name in first if first[name] != second[name]} == {"drift", "report", "publish"}
     by_alias = build(load_config("rerun", overrides(workspace))).keys()
     assert by_alias == first
 
