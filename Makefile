@@ -26,6 +26,7 @@ bench-train: .venv/installed
 
 bench-pipeline: .venv/installed
 	$(BIN)/python -m tests.bench.bench_pipeline
+	$(BIN)/python -m tests.bench.bench_rerun
 
 bench-select: .venv/installed
 	$(BIN)/python -m tests.bench.bench_select
