@@ -1,6 +1,6 @@
 """What a person reads beside a registered tokenizer: what it is, how good, for what, how to load it. Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class Card:
     tokenizer: Tokenizer
     scores: ScoreTable
     counts: Mapping[str, TokenCounts]  # by task
+    registered: Sequence[str]  # tasks whose rule went in with the weights
 
     def tags(self) -> dict[str, str]:
         """For searching: data, code, artifacts."""
@@ -66,21 +67,21 @@ class Card:
         for task, counts in self.counts.items():
             rule = read_json(join(counts.uri, "rules.json"))["rules"][0]
             saved = rule["saved_share"]
-            rows.append(
-                [task, rule["rule"], f"{rule['mean_tokens']:.1f}", "none is" if saved is None else f"{saved:.0%}"]
-            )
-        head = ["task", "rule", "mean tokens", "saved against a fixed length as good"]
+            by_name = "yes" if task in self.registered else "no: it needs more than the image"
+            tokens, share = f"{rule['mean_tokens']:.1f}", "none is" if saved is None else f"{saved:.0%}"
+            rows.append([task, rule["rule"], tokens, share, by_name])
+        head = ["task", "rule", "mean tokens", "saved against a fixed length as good", "by its task's name"]
         return "## Rules\n\n" + _table(head, rows)
 
     def _use(self) -> str:
-        task = next(iter(self.counts))
+        most = budgets_of(self.scores)[-1]
+        choice = f'"rule": "{self.registered[0]}"' if self.registered else f'"num_tokens": {most}'
         return (
             "## How to load it\n\n```python\nimport mlflow, pandas as pd\n\n"
             f'model = mlflow.pyfunc.load_model("models:/{self.name}@champion")  # or /{self.name}/VERSION\n'
             'images = pd.DataFrame({"image": [open("photo.jpg", "rb").read()]})\n'
-            f'tokens = model.predict(images, params={{"rule": "{task}"}})\n'
-            'pictures = model.predict(images, params={"num_tokens": '
-            f'{budgets_of(self.scores)[-1]}, "output": "images"}})  # PNG in base64\n```'
+            f"tokens = model.predict(images, params={{{choice}}})\n"
+            f'pictures = model.predict(images, params={{"num_tokens": {most}, "output": "images"}})  # base64 PNG\n```'
         )
 
     def _lineage(self) -> str:

@@ -27,11 +27,12 @@ from components.artifacts import (
     read_table,
     write_json,
 )
-from components.config import NoConfig, PublishConfig, RegisteredModel, TablesConfig
+from components.config import NoConfig, PublishConfig, RegisteredModel, RuleConfig, TablesConfig
 from components.distributions import reference_of
 from components.images import stack, to_float, to_uint8
 from components.model_card import Card
 from components.registry import Companions, ModelVersion, describe_version, register_judge, register_tokenizer
+from components.rules import serves_alone
 from components.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ def publish(
         reference=reference_of(scores, counts),
     )
     version = _register(tracker, config, tokenizer, images, companions)
-    card = Card(config.model_name, images, tokenizer, scores, counts)
+    card = Card(config.model_name, images, tokenizer, scores, counts, [*rules])
     describe_version(tracker, version, card=card.text(), tags=card.tags())
     write_json(join(job.output, "publication.json"), {"model": version.name, "version": version.version})
     return {"model": version.name, "version": version.version, "pictures": config.pictures}
@@ -225,12 +226,9 @@ def _framed(image: Any, *, chosen: bool) -> np.ndarray:
 
 
 def _rules(counts: Mapping[str, TokenCounts]) -> dict[str, Any]:
-    """The rules that the tokenizer can apply by itself: those of a judge's metric need the judge, and stored scores."""
-    from model.metrics import METRICS
-
+    """Task -> rule, of those that the tokenizer can apply by itself."""
     configs = {task: chosen.manifest.config["rule"] for task, chosen in counts.items()}
-    needs_no_metric = ("fixed", "predicted")
-    return {t: rule for t, rule in configs.items() if rule["metric"] in METRICS or rule["kind"] in needs_no_metric}
+    return {task: rule for task, rule in configs.items() if serves_alone(RuleConfig.model_validate(rule))}
 
 
 def _register(

@@ -10,6 +10,7 @@ from model.selection import Best, FixedTokens, MeanTokens, Rule, Threshold, With
 if TYPE_CHECKING:
     from model.predicted import PredictedThreshold
 
+OVER_THE_SET = "mean_tokens"  # the one rule that weighs images against each other
 HEADS = "heads"  # folder of a published model with a LengthHead for each task whose rule predicts
 
 
@@ -32,6 +33,14 @@ def build_rule(config: RuleConfig, *, larger_is_better: bool | None = None) -> R
     if config.kind == "predicted":
         raise ValueError(f"rule {describe(config)!r}: it needs the head that its pipeline trained")
     return Best(config.metric, larger_is_better)
+
+
+def serves_alone(config: RuleConfig) -> bool:
+    """Whether a tokenizer can apply the rule to any one image: with no judge, no stored scores and no other images."""
+    from model.metrics import METRICS
+
+    needs_no_metric = config.kind in ("fixed", "predicted")
+    return needs_no_metric or (config.metric in METRICS and config.kind != OVER_THE_SET)
 
 
 def searched(config: RuleConfig) -> RuleConfig:

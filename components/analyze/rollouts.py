@@ -10,7 +10,7 @@ import numpy as np
 
 from components.config import RuleConfig
 from components.images import to_float
-from components.rules import build_rule, describe, searched
+from components.rules import OVER_THE_SET, build_rule, describe, searched
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from model import AlitTokenizer
 
 Choose = Callable[[np.ndarray], np.ndarray]
-
-OVER_THE_SET = "mean_tokens"  # the one rule that weighs images against each other
 
 
 def batches(pixels: np.ndarray, size: int, tokenizer: "AlitTokenizer") -> "Iterator[Tensor]":
