@@ -34,7 +34,8 @@ DIFFERENCES = {"o": ("difference at the most", -0.12), "s": ("difference", 0.12)
 EQUAL_SHARE = 0.02  # mean counts so close are the same
 CLAIM = "Each part of the method earns its place: without it the same tokens give a worse image."
 ABOUT = (
-    "Held-out images, the same for all. at the most: the metric at the variant's largest budget; chosen: at the counts "
+    "Held-out images (any, where none is held out), the same for all. "
+    "at the most: the metric at the variant's largest budget; chosen: at the counts "
     "that its rule chose; tokens: their mean; differences: to the first variant, image by image, where both have the "
     "same largest budget or spend the same; hard, worst: L1 at the most tokens in hard cells and in those with the "
     "largest error at the fewest. Brackets: 95% bootstrap intervals over images; that a training with another seed "
@@ -48,7 +49,7 @@ class _Measured:
 
     variant: Variant
     budgets: list[int]
-    values: dict[str, np.ndarray]  # image -> [K], held-out ones
+    values: dict[str, np.ndarray]  # image -> [K], held-out ones (any, where none is held out)
     tokens: dict[str, int]  # image -> count
     analysis: dict[str, Estimate]  # "section.name" -> number
     seconds: float
@@ -83,8 +84,9 @@ def _measured(config: CompareStageConfig, variant: Variant, inputs: Mapping[str,
     assert isinstance(scores, ScoreTable) and isinstance(counts, TokenCounts)
     assert isinstance(analysis, Analysis) and isinstance(tokenizer, Tokenizer)
     values: dict[str, np.ndarray] = {}
+    held_out = any(pc.any(pc.equal(table["split"], "val")).as_py() for _, table in score_files(scores, ["split"]))
     for _, table in score_files(scores, ["image_id", "split", config.column]):
-        rows = table.filter(pc.equal(table["split"], "val"))
+        rows = table.filter(pc.equal(table["split"], "val")) if held_out else table
         found = values_of(rows, config.column, len(budgets_of(scores))).astype(np.float64)
         whole = np.isfinite(found).all(axis=1)
         values |= {name: row for name, row, ok in zip(rows["image_id"].to_pylist(), found, whole, strict=True) if ok}
@@ -213,7 +215,7 @@ def _curves(
     drawing.legend(figure, axes[0, 0])
     caption = (
         f"{config.column} against tokens, one line a variant; below, image by image, its difference to {first}: filled "
-        f"at the most tokens, open at equal mean counts; 95% intervals, n = {images} held-out images."
+        f"at the most tokens, open at equal mean counts; 95% intervals, n = {images} images."
     )
     alt = f"{config.column} against tokens for each variant, and differences to the first."
     return Picture("comparison.png", alt, caption, drawing.png(figure))

@@ -20,9 +20,11 @@ BUDGETS = (8, 16)
 SPLIT = ["val"] * 30 + ["train"] * 10
 
 
-def artifacts(folder: Path, name: str, values: np.ndarray, rule: RuleConfig) -> dict[str, Artifact]:
+def artifacts(
+    folder: Path, name: str, values: np.ndarray, rule: RuleConfig, split: list[str] = SPLIT
+) -> dict[str, Artifact]:
     """What a variant leaves behind."""
-    scores = score_table(folder / name / "scores", {"l1": values}, BUDGETS, split=SPLIT)
+    scores = score_table(folder / name / "scores", {"l1": values}, BUDGETS, split=split)
     task = TaskConfig(name="reconstruction", rule=rule)
     select(job(folder / name / "counts"), config=task, resources=NoConfig(), scores=scores)
     rows = [{"section": "regions", "name": "hard at 16", "value": 0.25, "low": 0.2, "high": 0.3, "images": 30}]
@@ -76,3 +78,14 @@ def test_variants_that_spend_more_are_not_compared_at_their_counts(found: dict) 
 
 def test_what_an_analysis_says_of_regions_is_shown(found: dict) -> None:
     assert found["rows"]["first"]["hard"] == "0.25 [0.2, 0.3]" and found["rows"]["first"]["worst"] == ""
+
+
+def test_every_image_counts_where_none_is_held_out(tmp_path: Path) -> None:
+    values, fixed = np.full((40, 2), 0.5, np.float32), RuleConfig(kind="fixed", metric="l1", num_tokens=8)
+    inputs = artifacts(tmp_path, "first", values, fixed, ["train"] * 40)
+    inputs |= artifacts(tmp_path, "second", values / 2, fixed, ["train"] * 40)
+    variants = [Variant(name=name) for name in ("first", "second")]
+    config = CompareStageConfig(variants=variants, task="reconstruction", column="l1", resamples=20, seed=0)
+    figures = compare(job(tmp_path / "out"), config=config, resources=NoConfig(), **inputs)
+    assert figures["images"] == 40
+    assert figures["comparison.second: chosen"] == pytest.approx(0.25)
