@@ -4,7 +4,9 @@ Convolutions have their weights, and so their activations, channels-last, which 
 convolutions hold bfloat16 weights and multiply in bfloat16 (sums are float32 inside); what is added up, normalised,
 looked up or compared stays float32, and so do the three layers whose output is read off: latents before quantization,
 the decoder's predictions, and pixels. At int8 linear layers, but for those, multiply whole numbers (``Int8Linear``) and
-all else is as at fp32: for processors that have int8 instructions, whether they have bf16 or not.
+all else is as at fp32: for processors that have int8 instructions, whether they have bf16 or not. That is for CPUs
+alone: torch multiplies int8 on CUDA only for more than 16 rows and sizes that are multiples of 8, and the few
+tokens of one image are fewer.
 """
 
 from typing import TYPE_CHECKING, Any, Literal
@@ -52,14 +54,17 @@ def _scale(rows: Tensor) -> Tensor:
     return rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny) / INT8_MAX
 
 
-def prepare_for_inference(tokenizer: "AlitTokenizer", precision: Precision) -> None:
-    """Make ``tokenizer`` quick, in place; from another precision than fp32 there is no way back, so it is neither
-    trained nor saved then.
+def prepare_for_inference(
+    tokenizer: "AlitTokenizer", precision: Precision, device: str | torch.device = "cpu"
+) -> None:
+    """Make ``tokenizer`` quick, in place, for ``device``, where it will be; from another precision than fp32 there is
+    no way back, so it is neither trained nor saved then.
 
-    Raises ValueError for another precision.
+    Raises ValueError for another precision, or one that the device doesn't compute at.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"precision = {precision!r}: allowed are {list(PRECISIONS)}")
+    allowed = [one for one in PRECISIONS if one != "int8" or torch.device(device).type == "cpu"]
+    if precision not in allowed:
+        raise ValueError(f"precision = {precision!r} on device = {str(device)!r}: allowed are {allowed}")
     tokenizer.precision = precision
     exact = {id(weight) for weight in _read_off(tokenizer)}
     for layer in list(tokenizer.modules()):

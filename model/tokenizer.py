@@ -232,13 +232,14 @@ class AlitTokenizer(nn.Module):
     def load(
         cls, folder: str | Path, device: str | torch.device = "cpu", *, precision: Precision = "fp32"
     ) -> "AlitTokenizer":
-        """The tokenizer saved in ``folder``, in eval mode; raises ValueError for another or a newer format.
+        """The tokenizer saved in ``folder``, in eval mode.
 
         ``precision`` "bf16" or "int8" is faster where hardware has it, and changes some codes (``model/inference.py``).
+        Raises ValueError for another or a newer format, and for "int8" on another device than a CPU.
         """
         config, weights = load_folder(folder, kind=FORMAT, version=FORMAT_VERSION)
         tokenizer = cls.with_weights(AlitConfig.from_dict(config), weights).eval()
-        prepare_for_inference(tokenizer, precision)
+        prepare_for_inference(tokenizer, precision, device)
         return tokenizer.to(device)
 
     @classmethod

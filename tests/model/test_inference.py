@@ -39,6 +39,12 @@ def test_rounded_weights_are_not_passed_on(rounded, tmp_path):
         AlitTokenizer.load(STARTER, precision="fp8")
 
 
+@pytest.mark.parametrize("device", ["cuda", torch.device("cuda", 1), "meta"])
+def test_int8_is_for_cpus(device):
+    with pytest.raises(ValueError, match=r"precision = 'int8' on device = '(cuda|meta).*allowed are \['fp32', 'bf16'\]"):
+        AlitTokenizer.load(STARTER, device, precision="int8")
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_tokens_and_pixels_are_the_same_bits_in_any_company(precision):
     from model import Threshold
