@@ -33,6 +33,7 @@ from components.images import stack, to_float, to_uint8
 from components.model_card import Card
 from components.registry import Companions, ModelVersion, describe_version, register_judge, register_tokenizer
 from components.rules import serves_alone
+from components.scores import precision_of
 from components.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def _log(job: Job, config: TablesConfig, results: _Results) -> None:
         _log_analysis(tracker, name, analysis)
     tracker.table(_budget_table(results.scores), "budgets")
     first = next(iter(counts.values()))
-    for row, picture in enumerate(_pictures(results.images, results.tokenizer, first, config.pictures)):
+    for row, picture in enumerate(_pictures(results, first, config.pictures)):
         tracker.picture(picture, f"reconstructions_{row:02d}")
         job.progress(f"picture {row + 1}/{config.pictures}")
     for artifact in results.by_task.values():
@@ -174,7 +175,7 @@ def _rows(counts: TokenCounts) -> dict[str, list[Any]]:
     return pa.Table.from_batches([batch]).to_pydict()
 
 
-def _pictures(images: ImageSet, tokenizer: Tokenizer, counts: TokenCounts, number: int) -> list[np.ndarray]:
+def _pictures(results: _Results, counts: TokenCounts, number: int) -> list[np.ndarray]:
     """uint8 [H, W, 3] strips: an original and its reconstruction at each budget, the chosen one framed.
 
     Images are held-out ones, spread over the counts that were chosen.
@@ -186,9 +187,9 @@ def _pictures(images: ImageSet, tokenizer: Tokenizer, counts: TokenCounts, numbe
     chosen: dict[str, int] = {}
     for batch in read_batches(counts.table_uri, columns=["image_id", "num_tokens"]):
         chosen |= dict(zip(batch["image_id"].to_pylist(), batch["num_tokens"].to_pylist(), strict=True))
-    pngs = _held_out(images, chosen, number)
-    with local_folder(tokenizer.uri) as folder:
-        model = AlitTokenizer.load(folder)
+    pngs = _held_out(results.images, chosen, number)
+    with local_folder(results.tokenizer.uri) as folder:
+        model = AlitTokenizer.load(folder, precision=precision_of(results.scores))
     return [_strip(model, png, chosen[name]) for name, png in pngs.items()]
 
 

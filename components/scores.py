@@ -4,6 +4,7 @@ Legend: N rows, K budgets.
 """
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -12,12 +13,21 @@ import pyarrow.parquet as pq
 from components.artifacts import ScoreTable, filesystem, join, read_json
 from components.parts import part_names
 
+if TYPE_CHECKING:
+    from model.inference import Precision
+
 METRICS = "metrics.json"
 
 
 def budgets_of(scores: ScoreTable) -> list[int]:
     """Token counts of the columns' values, increasing."""
     return [int(budget) for budget in read_json(join(scores.uri, "budgets.json"))]
+
+
+def precision_of(scores: ScoreTable) -> "Precision":
+    """At which images were decoded for them: what is measured anew to lie beside them needs the same."""
+    precision: Precision = scores.manifest.config.get("precision", "fp32")
+    return precision
 
 
 def larger_is_better(scores: ScoreTable) -> dict[str, bool]:

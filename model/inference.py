@@ -54,9 +54,7 @@ def _scale(rows: Tensor) -> Tensor:
     return rows.abs().amax(1, keepdim=True).clamp(min=torch.finfo(rows.dtype).tiny) / INT8_MAX
 
 
-def prepare_for_inference(
-    tokenizer: "AlitTokenizer", precision: Precision, device: str | torch.device = "cpu"
-) -> None:
+def prepare_for_inference(tokenizer: "AlitTokenizer", precision: Precision, device: str | torch.device = "cpu") -> None:
     """Make ``tokenizer`` quick, in place, for ``device``, where it will be; from another precision than fp32 there is
     no way back, so it is neither trained nor saved then.
 

@@ -25,6 +25,7 @@ def analyzing_stages(config: RunConfig, tokenizer: TokenizerStage) -> list[Stage
         "analyze",
         run="components.analyze.stage:analyze",
         produces="Analysis",
+        version="2",
         config=AnalyzeStageConfig(settings=settings, criteria=tuple(_criterion(task) for task in config.tasks)),
         resources=config.inference,
         needs={

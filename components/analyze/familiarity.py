@@ -18,7 +18,6 @@ from components.analyze.settings import StrangeSource
 from components.config import DataConfig, RuleConfig
 from components.image_files import BadImage
 from components.images import encode_png, prepare, stack
-from components.mapping import load_tokenizer
 from components.sources import open_source
 
 CLAIM = "Familiar images need fewer tokens: the further a set is from the training data, the more tokens it is given."
@@ -85,7 +84,7 @@ def _sets(inputs: Inputs, rule: RuleConfig, column: str) -> dict[str, _Set]:
     number, generator = inputs.settings.strange_images, np.random.default_rng(inputs.settings.seed)
     pixels = {one.name: read_source(one, held_out.shape[2], number) for one in inputs.settings.ood}
     pixels |= {name: spoil(held_out[:number], generator) for name, spoil in SPOILT.items()}
-    tokenizer = load_tokenizer(inputs.tokenizer.uri)
+    tokenizer = inputs.load_tokenizer()
     for name, images in pixels.items():
         sets[name] = _set(inputs, images, measured(tokenizer, images, rule.metric, inputs.batch_size), choose)
     return sets

@@ -5,6 +5,7 @@ Legend: N images, K budgets.
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +14,11 @@ import pyarrow.compute as pc
 from components.analyze.estimates import Bootstrap
 from components.analyze.settings import AnalyzeConfig, Criterion
 from components.artifacts import CodeBook, ImageSet, LengthModel, ScoreTable, TokenCounts, Tokenizer, read_batches
-from components.scores import budgets_of, larger_is_better, score_files, values_of
+from components.mapping import load_tokenizer
+from components.scores import budgets_of, larger_is_better, precision_of, score_files, values_of
+
+if TYPE_CHECKING:
+    from model import AlitTokenizer
 
 ROWS = 1024  # read at once
 
@@ -41,6 +46,10 @@ class Inputs:
     def budgets(self) -> list[int]:
         """Token counts, increasing."""
         return budgets_of(self.scores)
+
+    def load_tokenizer(self) -> "AlitTokenizer":
+        """At the precision of the scores, so that what it measures can be held against them."""
+        return load_tokenizer(self.tokenizer.uri, precision_of(self.scores))
 
     def sample(self, number: int, *, having: str | None = None, split: str = "val") -> list[str]:
         """Ids of at most ``number`` images of ``split``, in order; ``having``: only those with such a target.

@@ -14,7 +14,6 @@ from components.analyze.inputs import Inputs
 from components.analyze.rollouts import batches
 from components.analyze.sections import Picture, Section, Table
 from components.images import stack
-from components.mapping import load_tokenizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,7 +37,7 @@ ABOUT = (
 def regions(inputs: Inputs) -> Section:
     """Error in hard and other cells at every budget."""
     names = inputs.sample(inputs.settings.images)
-    tokenizer = load_tokenizer(inputs.tokenizer.uri)
+    tokenizer = inputs.load_tokenizer()
     errors, spread, halted = _measured(tokenizer, stack(inputs.column(names, "image")), inputs.batch_size)
     hard, worst = top_cells(spread, HARD_SHARE), top_cells(errors[:, 0], HARD_SHARE)
     groups = {"hard": hard, "worst": worst, "other": ~hard, "all": np.ones_like(hard)}

@@ -15,7 +15,6 @@ from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
 from components.analyze.sections import Picture, Section, Table
 from components.artifacts import read_batches
-from components.mapping import load_tokenizer
 
 if TYPE_CHECKING:
     from model import AlitTokenizer
@@ -39,7 +38,7 @@ def representation(inputs: Inputs) -> Section:
             **head, finding="Not measured: held-out images with labels that train images have too are needed."
         )
     codes = [_codes(inputs, names) for names in (train, test)]
-    tokenizer = load_tokenizer(inputs.tokenizer.uri)
+    tokenizer = inputs.load_tokenizer()
     found: dict[str, Estimate] = {}
     for at, budget in enumerate(inputs.budgets):
         one, other = (_latents(tokenizer, rows, inputs.budgets, at) for rows in codes)

@@ -20,7 +20,6 @@ from components.analyze.sections import Picture, Section, Table
 from components.artifacts import join, local_folder, read_batches
 from components.config import RuleConfig
 from components.images import stack
-from components.mapping import load_tokenizer
 from components.rules import build_rule, describe, rule_with_head, searched
 
 if TYPE_CHECKING:
@@ -131,7 +130,7 @@ def _timed(inputs: Inputs, case: _Case, names: list[str]) -> dict[str, Estimate]
 
     if case.rule.metric not in METRICS:
         return {}
-    tokenizer = load_tokenizer(inputs.tokenizer.uri)
+    tokenizer = inputs.load_tokenizer()
     with local_folder(join(inputs.lengths[case.task].uri, "head")) as folder:
         rules = [rule_with_head(case.rule, Path(folder)), build_rule(searched(case.rule))]
     rules[0].head.to(next(tokenizer.parameters()).device)

@@ -15,7 +15,6 @@ from components.analyze.inputs import Inputs
 from components.analyze.rollouts import batches
 from components.analyze.sections import Picture, Section, Table
 from components.images import decode_png, stack
-from components.mapping import load_tokenizer
 from components.targets import mask_ids
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def specialization(inputs: Inputs) -> Section:
     number = inputs.settings.attention_images
     masked = inputs.sample(number, having="mask")
     names = masked if len(masked) > 1 else inputs.sample(number)
-    tokenizer = load_tokenizer(inputs.tokenizer.uri)
+    tokenizer = inputs.load_tokenizer()
     maps = _maps(tokenizer, stack(inputs.column(names, "image")), inputs.batch_size)
     found: dict[str, Estimate] = {}
     for budget, of_images in zip(inputs.budgets, maps, strict=True):

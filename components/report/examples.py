@@ -17,7 +17,7 @@ from components.image_files import BadImage, decode
 from components.images import decode_png, to_uint8
 from components.mapping import load_tokenizer
 from components.report.read import Run, is_held_out, read_rows, whole_column
-from components.scores import values_of
+from components.scores import precision_of, values_of
 from components.scores import whole_column as scores_column
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def examples_of(run: Run, number: int, progress: Callable[[str], None]) -> list[
     codes = np.stack([row["codes"] for row in read_rows(run.codes.table_uri, rows, ["codes"])])
     counts = {task.name: whole_column(task.counts.table_uri, "num_tokens")[rows] for task in run.tasks}
     values = _values(run, rows)
-    model = load_tokenizer(run.tokenizer.uri)
+    model = load_tokenizer(run.tokenizer.uri, precision_of(run.scores))
     restored = np.stack(list(_restored(model, codes, progress)))  # [K, E, H, W, 3]
     found = []
     for at, row in enumerate(rows.tolist()):

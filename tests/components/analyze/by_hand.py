@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from components.analyze.inputs import Inputs
 from components.analyze.settings import AnalyzeConfig, Criterion
-from components.artifacts import LengthModel, TokenCounts, write_table
+from components.artifacts import LengthModel, ScoreTable, TokenCounts, write_table
 from components.config import NoConfig, RuleConfig
 from components.select_counts import select
 from components.task_config import TaskConfig
@@ -15,17 +15,24 @@ from model import AlitTokenizer
 from model.predicted import LengthHead
 from model.recipes import LengthHeadConfig
 from model.starter import STARTER
-from tests.by_hand import Photographs, code_book, image_set, job, of_photographs, tokenizer_artifact
+from tests.by_hand import Photographs, code_book, finish, image_set, job, of_photographs, tokenizer_artifact
 
 THRESHOLD = RuleConfig(kind="threshold", metric="l1", max=0.08)
 PREDICTED = RuleConfig(kind="predicted", metric="l1", max=0.08)
 
 
 def inputs_of(
-    folder: Path, made: Photographs, settings: AnalyzeConfig, rules: Sequence[RuleConfig] = (THRESHOLD,)
+    folder: Path,
+    made: Photographs,
+    settings: AnalyzeConfig,
+    rules: Sequence[RuleConfig] = (THRESHOLD,),
+    *,
+    precision: str = "fp32",
 ) -> Inputs:
     """Inputs over ``made`` for one task with these rules of l1; a predicted one has an untrained head."""
-    scores = of_photographs(folder / "scores", made)
+    of_photographs(folder / "scores", made)
+    finish(folder / "scores", ScoreTable, config={"precision": precision})
+    scores = ScoreTable.open(str(folder / "scores"))
     task = TaskConfig(name="reconstruction", rule=THRESHOLD)
     select(job(folder / "counts"), config=task, resources=NoConfig(), scores=scores)
     return Inputs(
