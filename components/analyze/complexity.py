@@ -29,6 +29,11 @@ ABOUT = (
     "metric at that many tokens, its sign turned where more is better."
 )
 
+ABOUT_FIFTHS = (
+    "Fifths by bytes as JPEG, the simplest images first. Mean at each number of tokens, in brackets its 95% bootstrap "
+    "interval over the images of the fifth."
+)
+
 
 def complexity(inputs: Inputs) -> Section:
     """Rank correlations of counts and of the error at the fewest tokens with what the pixels alone tell."""
@@ -66,7 +71,8 @@ def complexity(inputs: Inputs) -> Section:
                     for target in targets
                 ],
                 ABOUT,
-            )
+            ),
+            *_fifths_table(inputs, found),
         ],
         estimates=found,
         headline=[f"{targets[0]} ~ {name}" for name in statistics],
@@ -105,15 +111,24 @@ def image_statistics(pngs: Sequence[bytes], jpeg_quality: int) -> dict[str, np.n
 
 
 def people_say(uris: Sequence[str], scores: str) -> np.ndarray:
-    """Complexity [N] by the CSV file ``scores`` (columns uri, complexity); NaN for an image that it doesn't name.
+    """Complexity [N] by the CSV file ``scores`` (columns uri, complexity); NaN where it has none, or a blank.
 
-    Its uri is the image's, or the end of it after a slash. Raises ValueError when a column is missing.
+    Its uri is the image's, or the end of it after a slash; other columns are ignored, so a CSV manifest can serve.
+    Raises ValueError when a column is missing or a score is no number.
     """
     rows = list(csv.DictReader(io.StringIO(read_bytes(scores).decode())))
     if rows and not {"uri", "complexity"} <= set(rows[0]):
         raise ValueError(f"analyze.complexity_scores = {scores!r}: columns uri and complexity are needed")
-    known = {row["uri"]: float(row["complexity"]) for row in rows}
+    known = {row["uri"]: _score(row["complexity"], row["uri"], scores) for row in rows}
     return np.array([_by_ending(known, uri) for uri in uris])
+
+
+def _score(text: str | None, uri: str, scores: str) -> float:
+    try:
+        return float(text) if text and text.strip() else np.nan
+    except ValueError as error:
+        wrong = f"complexity = {text!r} of {uri!r}: a number is needed, or nothing"
+        raise ValueError(f"analyze.complexity_scores = {scores!r}: {wrong}") from error
 
 
 def _by_ending(known: Mapping[str, float], uri: str) -> float:
@@ -143,11 +158,26 @@ def _curves(inputs: Inputs, names: Sequence[str], sizes: np.ndarray, found: dict
         drawing.curve(axes, inputs.budgets, points, drawing.Line(name, number, colour))
     drawing.label(axes, x="tokens", y=column)
     drawing.legend(figure, axes, columns=3)
+    sizes_told = " + ".join(str(number) for number in np.bincount(fifth))
     caption = (
-        f"{column} against tokens by fifths of the images in bytes as JPEG, 95% intervals, n = {len(names)} in all."
+        f"{column} against tokens by fifths of the images in bytes as JPEG, 95% intervals, n = {sizes_told}, simplest "
+        "first."
     )
     alt = f"{column} against tokens, one line for each fifth of the images by complexity."
     return [Picture("complexity_budgets.png", alt, caption, drawing.png(figure))]
+
+
+def _fifths_table(inputs: Inputs, found: Mapping[str, Estimate]) -> list[Table]:
+    """The numbers of the curves, a row a fifth."""
+    _, column = inputs.criteria[0].rules[0]
+    rows = []
+    for number in range(1, QUINTILES + 1):
+        points = [found.get(f"{column} at {budget}, fifth {number}") for budget in inputs.budgets]
+        present = [point for point in points if point is not None]
+        if present:
+            rows.append([str(number), *(str(point) for point in present), str(present[0].images)])
+    columns = ["fifth", *(f"at {budget}" for budget in inputs.budgets), "images"]
+    return [Table(f"{column} by fifths of the images", columns, rows, ABOUT_FIFTHS)] if rows else []
 
 
 def _draw_correlations(found: Mapping[str, Estimate], targets: Sequence[str], statistics: Sequence[str]) -> bytes:
