@@ -27,7 +27,8 @@ MAX_PIXELS = 100_000_000
 ABOUT = (
     "upside down, negative, phases, shuffled: the held-out images themselves, turned over, with inverted colours, "
     "with random Fourier phases (the same spectrum without any contours), with their pixels in random order; noise: "
-    "uniform. difference: of the mean count to the held-out images'. more: chance that an image of the set gets more "
+    "uniform. kind: near keeps the images' shapes, far does not; of another source as the config "
+    "says. difference: of the mean count to the held-out images'. more: chance that an image of the set gets more "
     "tokens than a held-out one, ties half (0.5: alike). p: Mann-Whitney. matched: mean difference of an image's count "
     "to that of the held-out image with the nearest bytes as JPEG, since a set can need fewer tokens because it "
     "is simpler; for noise no held-out image is near. jpeg bytes: mean."
@@ -42,6 +43,7 @@ class _Set:
     tokens: np.ndarray  # int64 [N]
     values: np.ndarray  # float64 [N, K]
     bytes: np.ndarray  # as JPEG, float64 [N]
+    kind: str  # near or far out of distribution; "in": held out; "": not said
 
 
 def familiarity(inputs: Inputs) -> Section:
@@ -58,6 +60,7 @@ def familiarity(inputs: Inputs) -> Section:
     known, found = sets[HELD_OUT], dict[str, Estimate]()
     for name, one in sets.items():
         found[f"{name}: tokens"] = inputs.bootstrap.mean(one.tokens)
+        found[f"{name}: jpeg bytes"] = inputs.bootstrap.mean(one.bytes)
         found[f"{name}: {rule.metric} at {inputs.budgets[0]}"] = inputs.bootstrap.mean(one.values[:, 0])
         if name != HELD_OUT:
             found[f"{name}: difference"] = inputs.bootstrap.difference(one.tokens, known.tokens)
@@ -80,19 +83,21 @@ def _sets(inputs: Inputs, rule: RuleConfig, column: str) -> dict[str, _Set]:
     names = inputs.sample(inputs.settings.images)
     held_out = stack(inputs.column(names, "image"))
     choose = chooser(rule, budgets=inputs.budgets)
-    sets = {HELD_OUT: _set(inputs, held_out, inputs.values_of(names, column), choose)}
+    sets = {HELD_OUT: _set(inputs, held_out, inputs.values_of(names, column), choose, "in")}
     number, generator = inputs.settings.strange_images, np.random.default_rng(inputs.settings.seed)
     pixels = {one.name: read_source(one, held_out.shape[2], number) for one in inputs.settings.ood}
     pixels |= {name: spoil(held_out[:number], generator) for name, spoil in SPOILT.items()}
+    kinds = {one.name: one.kind or "" for one in inputs.settings.ood} | SPOILT_KINDS
     tokenizer = inputs.load_tokenizer()
     for name, images in pixels.items():
-        sets[name] = _set(inputs, images, measured(tokenizer, images, rule.metric, inputs.batch_size), choose)
+        values = measured(tokenizer, images, rule.metric, inputs.batch_size)
+        sets[name] = _set(inputs, images, values, choose, kinds[name])
     return sets
 
 
-def _set(inputs: Inputs, pixels: np.ndarray, values: np.ndarray, choose: Choose) -> _Set:
+def _set(inputs: Inputs, pixels: np.ndarray, values: np.ndarray, choose: Choose, kind: str) -> _Set:
     sizes = image_statistics([_png(image) for image in pixels], inputs.settings.jpeg_quality)["jpeg bytes"]
-    return _Set(pixels, choose(values), values, sizes)
+    return _Set(pixels, choose(values), values, sizes, kind)
 
 
 def _matched(one: _Set, known: _Set) -> np.ndarray:
@@ -164,6 +169,13 @@ SPOILT: Mapping[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = 
     "shuffled": shuffled,
     "noise": noise,
 }
+SPOILT_KINDS = {  # near: the shapes of the images are still there
+    "upside down": "near",
+    "negative": "near",
+    "phases": "far",
+    "shuffled": "far",
+    "noise": "far",
+}
 
 
 def _picture(sets: Mapping[str, _Set], found: Mapping[str, Estimate], rule: RuleConfig, inputs: Inputs) -> Picture:
@@ -181,12 +193,19 @@ def _picture(sets: Mapping[str, _Set], found: Mapping[str, Estimate], rule: Rule
         bars.set_yticks([])
         last = number == len(sets) - 1
         bars.set_xticks(range(len(budgets)), budgets if last else [""] * len(budgets), fontsize=8)
-        mean = found[f"{name}: tokens"].value
-        bars.text(0.02, 0.95, f"{name}: {mean:.1f}", transform=bars.transAxes, va="top", fontsize=8)
+        told = f"{_named(name, one)}: {found[f'{name}: tokens']}, n = {len(one.tokens)}"
+        bars.text(0.02, 0.95, told, transform=bars.transAxes, va="top", fontsize=8)
     drawing.label(axes[-1, 1], x=f"tokens an image ({rule.kind} on {rule.metric})")
     alt = "For each set an example and the share of its images at each token count."
-    caption = "Share of the images at each count, and the mean count, under the same rule; left an example of the set."
+    caption = (
+        "Share of the images at each count, and the mean count with its 95% interval and number of images, under the "
+        "same rule; near, far: out of distribution; left an example of the set."
+    )
     return Picture("familiarity_counts.png", alt, caption, drawing.png(figure))
+
+
+def _named(name: str, one: _Set) -> str:
+    return f"{name} ({one.kind})" if one.kind in ("near", "far") else name
 
 
 def _table(sets: Mapping[str, _Set], found: Mapping[str, Estimate], rule: RuleConfig, inputs: Inputs) -> Table:
@@ -199,14 +218,15 @@ def _table(sets: Mapping[str, _Set], found: Mapping[str, Estimate], rule: RuleCo
         rows.append(
             [
                 name,
+                one.kind,
                 str(len(one.tokens)),
                 str(found[f"{name}: tokens"]),
                 *compared,
                 str(found[f"{name}: {error}"]),
-                f"{one.bytes.mean():.0f}",
+                str(found[f"{name}: jpeg bytes"]),
             ]
         )
-    columns = ["set", "images", "tokens", *COMPARED, error, "jpeg bytes"]
+    columns = ["set", "kind", "images", "tokens", *COMPARED, error, "jpeg bytes"]
     return Table("Counts under the same rule", columns, rows, ABOUT)
 
 
@@ -217,7 +237,9 @@ def _finding(sets: Mapping[str, _Set], found: Mapping[str, Estimate]) -> str:
         if name != HELD_OUT:
             one = found[f"{name}: difference"]
             side = "more" if one.low > 0 else "fewer" if one.high < 0 else "as many"
-            told[side].append(f"{name} ({one.value:+.1f}, matched {found[f'{name}: matched'].value:+.1f})")
+            told[side].append(
+                f"{_named(name, sets[name])} ({one.value:+.1f}, matched {found[f'{name}: matched'].value:+.1f})"
+            )
     known = found[f"{HELD_OUT}: tokens"]
     sentence = "; ".join(f"{side}: {', '.join(names)}" for side, names in told.items() if names)
     return (
