@@ -30,10 +30,13 @@ class BucketLock:
         """Take the lock if it is free or its holder is dead; otherwise return the holder."""
         while True:
             found = _read(self.workspace)
+            if found is not None and found.holder == self.me:  # the answer to our write was lost, its retry refused
+                self._version = found.version
+                return None
             if found is not None and found.alive:
                 return found.holder
+            self.previous = found.holder if found else None
             if self._write(found.version if found else None):
-                self.previous = found.holder if found else None
                 return None
 
     def held(self) -> bool:
@@ -130,5 +133,5 @@ def _errors(workspace: str) -> Iterator[None]:
         raise LockUnreachable(said) from error
 
 
-class LockUnreachable(WorkspaceError, OSError):
-    """The lock can't be read or written now."""
+class LockUnreachable(WorkspaceError, ConnectionError):
+    """The lock can't be read or written now; a later try may succeed."""

@@ -194,7 +194,8 @@ class Execution:
             self._ended(attempt, "done", figures=outcome.figures)
             self.sorter.done(attempt.name)
             return
-        attempt.draft.discard()
+        with suppress(OSError):  # a store that is away; the next run deletes drafts
+            attempt.draft.discard()
         if failure.transient and attempt.number <= self.context.retries:
             pause = self.context.backoff_s * 2 ** (attempt.number - 1)
             _log.warning("%-12s will be tried again in %.0f s: %s", attempt.name, pause, failure.cause)
@@ -203,12 +204,13 @@ class Execution:
         self._ended(attempt, "failed", error=failure.cause)
 
     def _commit(self, attempt: Attempt, outcome: Outcome) -> Failure | None:
-        if not self.context.lock.held():
-            raise LockLost(f"{self.context.workspace}: another run took the workspace over; this one must stop")
+        """Raises LockLost; what else keeps it from being committed is the stage's failure."""
         try:
+            if not self.context.lock.held():
+                raise LockLost(f"{self.context.workspace}: another run took the workspace over; this one must stop")
             attempt.draft.commit(self._manifest(attempt, outcome))
             return None
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: the lock's, for credentials that ran out
             self._write_trace(attempt, error)
             return diagnose(error)
 

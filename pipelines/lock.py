@@ -71,7 +71,7 @@ class Lock(Protocol):
         """Whether it is still ours; false after another run took it for dead."""
 
     def beat(self) -> None:
-        """Show that this run is alive; raises OSError."""
+        """Show that this run is alive; raises OSError, or ValueError for refused credentials."""
 
     def release(self) -> None:
         """Give the workspace back."""
@@ -160,7 +160,7 @@ def _lock_of(workspace: str, me: Holder) -> Lock:
 def _release(lock: Lock, workspace: str) -> None:
     try:
         lock.release()
-    except OSError as error:  # the run is over; the lock goes stale by itself
+    except (OSError, ValueError) as error:  # the run is over; the lock goes stale by itself
         _log.warning("the lock of %s could not be given back: %s", workspace, error)
 
 
@@ -182,7 +182,7 @@ def _beat_until(lock: Lock, workspace: str, done: threading.Event) -> None:
     while not done.wait(HEARTBEAT_S):
         try:
             lock.beat()
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: credentials that ran out, and may be renewed
             _log.warning("the heartbeat of %s could not be written: %s", workspace, error)
 
 

@@ -78,6 +78,7 @@ class Fault:
 
     status: int = 0
     code: str = "InternalError"
+    late: bool = False  # with a status: what was asked for is done all the same
     cut_at: float | None = None  # share of the body that arrives
     flip: bool = False  # one byte of the body is another
     pause_s: float = 0.0
@@ -128,15 +129,20 @@ def _handler(proxy: Proxy) -> type[BaseHTTPRequestHandler]:
             time.sleep(fault.pause_s)
             if fault.status:
                 proxy.faults[fault.code] += 1
+                if fault.late:
+                    self._ask(body, headers)
                 text = ERROR.format(code=fault.code, message="as injected").encode()
                 self._answer(fault.status, {"Content-Type": "application/xml"}, text, Fault())
                 return
+            answer, content = self._ask(body, headers)
+            kept = {name: value for name, value in answer.getheaders() if name.lower() not in DROPPED}
+            self._answer(answer.status, kept, content, fault, length=answer.getheader("Content-Length"))
+
+        def _ask(self, body: bytes, headers: dict[str, str]) -> tuple[http.client.HTTPResponse, bytes]:
             upstream = http.client.HTTPConnection(host, timeout=60)
             upstream.request(self.command, self.path, body, {**headers, "Content-Length": str(len(body))})
             answer = upstream.getresponse()
-            content = answer.read()
-            kept = {name: value for name, value in answer.getheaders() if name.lower() not in DROPPED}
-            self._answer(answer.status, kept, content, fault, length=answer.getheader("Content-Length"))
+            return answer, answer.read()
 
         def _body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":  # pyarrow's uploads are

@@ -238,6 +238,37 @@ def test_a_heartbeat_whose_answer_was_lost_does_not_lose_the_lock(s3, server, mo
     assert s3.head_object(Bucket="work", Key="alit/demo/.lock")["LastModified"] > before
 
 
+@pytest.mark.parametrize("left_by", ["", "dead"])
+def test_a_run_whose_taking_was_done_but_not_answered_does_not_refuse_itself(s3, server, monkeypatch, left_by):
+    if left_by:
+        assert BucketLock(SPACE, replace(Holder.me(left_by), birth="1")).take() is None
+    proxy = Proxy(server, lambda method, _, asked: Fault(500, late=True) if (method, asked) == ("PUT", 0) else None)
+    with proxy.serve() as endpoint:
+        point(monkeypatch, endpoint)
+        with hold(SPACE, "me") as lock:
+            assert lock.held() and proxy.faults["InternalError"] == 1
+            assert (lock.previous.run_id if lock.previous else "") == left_by
+    assert keys(s3) == []
+
+
+def test_a_heart_goes_on_after_credentials_that_ran_out(s3, server, monkeypatch):
+    beats = [threading.Event() for _ in range(4)]
+
+    def fault(method: str, _: str, asked: int) -> Fault | None:
+        if method != "PUT":
+            return None
+        beats[min(asked, 3)].set()
+        return Fault(status=400, code="ExpiredToken") if asked in (1, 2) else None
+
+    monkeypatch.setattr("pipelines.lock.HEARTBEAT_S", 0.02)
+    proxy = Proxy(server, fault)
+    with proxy.serve() as endpoint:
+        point(monkeypatch, endpoint)
+        with hold(SPACE, "me") as lock:
+            assert all(beat.wait(20) for beat in beats)
+            assert lock.held() and proxy.faults["ExpiredToken"] == 2
+
+
 def test_what_keeps_a_lock_from_being_taken(s3, server, monkeypatch):
     refusals = {
         "AccessDenied": (403, ConfigError, "these credentials have no permission"),

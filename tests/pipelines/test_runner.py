@@ -21,9 +21,10 @@ from toy_stages import RAY, chain, events, stage
 from components.artifacts import read_manifest
 from components.config import MlflowSettings, RaySettings
 from components.tracking import DataSet, TrackingError
+from pipelines.bucket_lock import LockUnreachable
 from pipelines.cluster import ClusterError, DemandError, stage_environment
 from pipelines.dag import Demand, Pipeline, plan
-from pipelines.lock import Holder, WorkspaceHeld, hold
+from pipelines.lock import Holder, LocalLock, WorkspaceHeld, hold
 from pipelines.recorder import RunRecord
 from pipelines.runner import RunOptions, run
 from pipelines.summary import lines_of
@@ -225,6 +226,22 @@ class TestRuns:
         record = run(Pipeline("toy", (stage("net", fail="connection"),)), workspace=str(tmp_path), options=options)
         assert record["net"].state == "failed" and record["net"].attempts == 2
         assert record["net"].error == "ConnectionResetError: https://***@store went away"
+
+    def test_a_lock_out_of_reach_for_a_moment_is_tried_again(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        held, asked = LocalLock.held, []
+
+        def away_at_first(lock: LocalLock) -> bool:
+            if threading.current_thread() is threading.main_thread():  # not the heart
+                asked.append(lock)
+                if len(asked) == 1:
+                    raise LockUnreachable("workspace 's3://work': 503")
+            return held(lock)
+
+        monkeypatch.setattr(LocalLock, "held", away_at_first)
+        record = run(Pipeline("toy", (stage("one"),)), workspace=str(tmp_path), options=OPTIONS)
+        assert record["one"].state == "done" and record["one"].attempts == 2
 
     def test_bad_stage_functions(self, tmp_path: Path) -> None:
         bad = (stage("missing", run="nothing"), stage("none", run="returns_none"))
