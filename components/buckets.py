@@ -85,14 +85,18 @@ def filesystem(bucket: str) -> "S3FileSystem":
 
 
 def check(uri: str, field: str) -> None:
-    """Whether ``uri`` can be listed; raises BucketError with ``field``, the address and what is wrong, in one line."""
+    """Whether ``uri`` can be listed; raises BucketError with ``field``, the address and what is wrong, in one line.
+
+    Where a later try may succeed it is a ConnectionError.
+    """
     from botocore.exceptions import BotoCoreError, ClientError
 
     try:
         bucket, prefix = split(uri)
         client().list_objects_v2(Bucket=bucket, Prefix=f"{prefix}/" if prefix else "", MaxKeys=1)
     except (BotoCoreError, ClientError, BucketError) as error:
-        raise BucketError(f"{field} {uri!r}: {reason(error)}") from error
+        kind = ConnectionError if is_passing(error) else BucketError
+        raise kind(f"{field} {uri!r}: {reason(error)}") from error
 
 
 def copy(paths: Mapping[str, str]) -> None:
@@ -122,12 +126,19 @@ def code(error: Exception) -> str:
 
 def is_passing(error: Exception) -> bool:
     """Whether a later try may succeed: the server is down, overloaded, or the network failed."""
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+    from botocore.exceptions import (
+        BotoCoreError,
+        ClientError,
+        NoCredentialsError,
+        ParamValidationError,
+        PartialCredentialsError,
+    )
 
     if isinstance(error, ClientError):
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         return status >= 500 or status == 429 or code(error) in {"SlowDown", "RequestTimeout", "Throttling"}
-    return isinstance(error, BotoCoreError) and not isinstance(error, NoCredentialsError | PartialCredentialsError)
+    lasting = NoCredentialsError | PartialCredentialsError | ParamValidationError  # the last: no name of a bucket
+    return isinstance(error, BotoCoreError) and not isinstance(error, lasting)
 
 
 def reason(error: Exception) -> str:

@@ -35,7 +35,10 @@ class Bucket:
 
     @classmethod
     def open(cls, uri: str) -> Self:
-        """The place ``uri``; raises ValueError, in one line, for wrong credentials, no such bucket, no permission."""
+        """The place ``uri``; raises ValueError, in one line, for wrong credentials, no such bucket, no permission.
+
+        Raises ConnectionError for a server that is down or overloaded beyond the tries that the settings allow.
+        """
         buckets.check(uri, "data.source")
         return cls.at(uri)
 
@@ -46,7 +49,7 @@ class Bucket:
         return cls(bucket, f"{prefix}/" if prefix else "")
 
     def list(self, suffixes: tuple[str, ...]) -> Iterator[File]:
-        """As S3 lists, by key in the order of UTF-8; one page of keys in memory. Raises ValueError as :meth:`open`."""
+        """As S3 lists, by key in the order of UTF-8; one page of keys in memory. Raises as :meth:`open`."""
         first = True
         for file in self._pages():
             hidden = file.path.startswith(".") or "/." in file.path
@@ -116,7 +119,8 @@ class Bucket:
                 for item in page.get("Contents", ()):
                     yield File(item["Key"][len(self.prefix) :], item["Size"], item["ETag"].strip('"'))
         except (BotoCoreError, ClientError) as error:
-            raise ValueError(f"data.source {self.uri('')!r}: {buckets.reason(error)}") from error
+            kind = ConnectionError if buckets.is_passing(error) else ValueError
+            raise kind(f"data.source {self.uri('')!r}: {buckets.reason(error)}") from error
 
     def _check_readable(self, file: File) -> None:
         """Who may list a bucket may not always read it; better said before any work starts."""

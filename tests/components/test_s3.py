@@ -21,6 +21,7 @@ from components.sources.s3 import Bucket
 from model.config import BaseObjectiveConfig
 from pipelines.cli import main
 from pipelines.cluster import stage_environment
+from pipelines.failures import diagnose
 from tests.s3_server import KEYS, Fault, Proxy, client_of, point, reset, s3_server, upload
 
 PNG = saved(picture(20, 16), "PNG")
@@ -126,9 +127,9 @@ def test_large_objects_in_parts_have_an_etag_that_is_no_md5(s3):
 # --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
-def one_line(capfd, *arguments: str) -> str:
-    """What a command says that must end with 2 and one line."""
-    assert main(arguments) == 2
+def one_line(capfd, *arguments: str, code: int = 2) -> str:
+    """What a command says that must end with ``code`` and one line."""
+    assert main(arguments) == code
     said = capfd.readouterr().err
     assert "Traceback" not in said and KEYS["AWS_SECRET_ACCESS_KEY"] not in said
     (line,) = said.splitlines()
@@ -151,8 +152,7 @@ def test_wrong_address_is_one_line_before_any_work(s3, monkeypatch, capfd):
     assert "s3://BUCKET/PREFIX is needed" in said("data.source=s3://")
     assert "s3.endpoint_url = 'host:9'" in said("s3.endpoint_url=host:9")
     assert "s3.endpoint_url" in said("s3.endpoint_url=https://me:pw@host")
-    point(monkeypatch, "http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1")
-    assert "Could not connect to the endpoint URL" in said()
+    assert "data.source 's3://no name/x': Parameter validation failed" in said("data.source=s3://no name/x")
     point(monkeypatch, "http://127.0.0.1:9", AWS_MAX_ATTEMPTS="many")
     assert "AWS_MAX_ATTEMPTS = 'many'" in said()
     point(monkeypatch, "http://127.0.0.1:9", AWS_PROFILE="absent")
@@ -180,6 +180,22 @@ def test_wrong_credentials_are_one_line(s3, server, monkeypatch, capfd, wrong):
         line = one_line(capfd, *PLAN)
         assert line.startswith("error: data.source 's3://photos/in") and words in line
         assert len(proxy.requests) < 5  # not asked again and again
+
+
+def test_a_server_that_is_down_is_no_wrong_config(s3, server, monkeypatch, capfd):
+    put(s3, "in/a.png", "in/b.png")
+    overloaded = Fault(status=503, code="SlowDown")
+    for healthy in (0, 1):  # requests: of the check before the listing, and of the listing
+        left = iter([None] * healthy)
+        proxy = Proxy(server, lambda *_, left=left: next(left, overloaded))
+        with proxy.serve() as endpoint:
+            point(monkeypatch, endpoint, AWS_MAX_ATTEMPTS="1")
+            assert one_line(capfd, *PLAN, code=1).startswith("error: data.source 's3://photos/in")
+            with pytest.raises(ConnectionError, match="data.source 's3://photos/in/': SlowDown: as injected") as caught:
+                list(Bucket.at("s3://photos/in").list((".png",)))
+            assert diagnose(caught.value).transient
+    point(monkeypatch, "http://127.0.0.1:9", AWS_MAX_ATTEMPTS="1")
+    assert "Could not connect to the endpoint URL" in one_line(capfd, *PLAN, code=1)
 
 
 def test_no_credentials_are_one_line(s3, monkeypatch, capfd):
