@@ -399,24 +399,36 @@ class Draft:
         store, path = filesystem(self.uri)
         store.create_dir(path, recursive=True)
 
-    def commit(self, manifest: Manifest) -> str:
+    def commit(
+        self, manifest: Manifest, *, replaces: Manifest | None = None, check: Callable[[], None] = lambda: None
+    ) -> str:
         """Make the artifact real and return its URI.
 
-        Locally one rename moves folder and manifest together. In a bucket an older manifest goes first and the new one
-        comes last, so what is between is no artifact; S3 copies by itself, large objects in parts.
+        What stands under the key and is not ``replaces`` was finished by another run meanwhile: it stays, and the draft
+        goes. Locally one rename moves folder and manifest together. In a bucket an older manifest goes first and the
+        new one comes last, so what is between is no artifact; S3 copies by itself, large objects in parts. ``check`` is
+        called before what others see is changed, and raises to prevent it. Raises FileNotFoundError when the draft was
+        swept away.
         """
+        standing = read_manifest(self.final)
+        if standing is not None and standing != replaces:
+            self.discard()
+            return self.final
+        if not exists(self.uri):
+            raise FileNotFoundError(f"{self.uri}: the draft is gone; another run has swept it away")
+        write_json(join(self.uri, MANIFEST), asdict(manifest))
+        check()
         store, path = filesystem(self.uri)
         _, final = filesystem(self.final)
-        write_json(join(self.uri, MANIFEST), asdict(manifest))
         if not isinstance(store, fs.LocalFileSystem):
-            self._copy()
+            self._copy(check)
             return self.final
         remove(self.final)
         store.create_dir(final.rsplit("/", 1)[0], recursive=True)
         store.move(path, final)
         return self.final
 
-    def _copy(self) -> None:
+    def _copy(self, check: Callable[[], None]) -> None:
         store, path = filesystem(self.uri)
         _, final = filesystem(self.final)
         if exists(join(self.final, MANIFEST)):
@@ -425,6 +437,7 @@ class Draft:
         infos = store.get_file_info(fs.FileSelector(path, recursive=True))
         names = [info.path.removeprefix(path) for info in infos if info.is_file]
         buckets.copy({path + name: final + name for name in names if name != f"/{MANIFEST}"})
+        check()
         buckets.copy({f"{path}/{MANIFEST}": f"{final}/{MANIFEST}"})
         store.delete_dir(path)
 

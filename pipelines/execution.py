@@ -206,13 +206,17 @@ class Execution:
     def _commit(self, attempt: Attempt, outcome: Outcome) -> Failure | None:
         """Raises LockLost; what else keeps it from being committed is the stage's failure."""
         try:
-            if not self.context.lock.held():
-                raise LockLost(f"{self.context.workspace}: another run took the workspace over; this one must stop")
-            attempt.draft.commit(self._manifest(attempt, outcome))
+            self._check_lock()
+            manifest = self._manifest(attempt, outcome)
+            attempt.draft.commit(manifest, replaces=attempt.planned.manifest, check=self._check_lock)
             return None
         except (OSError, ValueError) as error:  # ValueError: the lock's, for credentials that ran out
             self._write_trace(attempt, error)
             return diagnose(error)
+
+    def _check_lock(self) -> None:
+        if not self.context.lock.held():
+            raise LockLost(f"{self.context.workspace}: another run took the workspace over; this one must stop")
 
     def _manifest(self, attempt: Attempt, outcome: Outcome) -> Manifest:
         planned, stage = attempt.planned, attempt.planned.stage

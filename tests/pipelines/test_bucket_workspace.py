@@ -53,8 +53,8 @@ def manifest(key: str) -> Manifest:
     return Manifest(key=key, **MANIFEST_OF)
 
 
-def draft_of(files: dict[str, bytes], key: str = "k1") -> Draft:
-    draft = Draft(SPACE, "ingest", key)
+def draft_of(files: dict[str, bytes], key: str = "k1", workspace: str = SPACE) -> Draft:
+    draft = Draft(workspace, "ingest", key)
     for name, data in files.items():
         artifacts.write_bytes(join(draft.uri, name), data)
     return draft
@@ -88,7 +88,8 @@ def test_large_objects_are_copied_in_parts(s3, server, monkeypatch):
 @pytest.mark.parametrize("until", [0, 1, 2, 3])
 def test_a_commit_that_breaks_off_anywhere_leaves_no_artifact_and_can_be_done_again(s3, server, monkeypatch, until):
     """An older artifact stands there, as after --force; its manifest goes before anything else of it does."""
-    draft_of({"a": b"old", "b": b"old", "only-old": b"old"}).commit(manifest("k1"))
+    old = manifest("k1")
+    draft_of({"a": b"old", "b": b"old", "only-old": b"old"}).commit(old)
     draft = draft_of({"a": b"new", "b": b"new"})
     copies: list[str] = []
 
@@ -104,15 +105,47 @@ def test_a_commit_that_breaks_off_anywhere_leaves_no_artifact_and_can_be_done_ag
         point(monkeypatch, endpoint)
         if until < 3:
             with pytest.raises(OSError, match="permission"):
-                draft.commit(manifest("k1"))
+                draft.commit(manifest("k1"), replaces=old)
         else:
-            draft.commit(manifest("k1"))
+            draft.commit(manifest("k1"), replaces=old)
     point(monkeypatch, server)
     if until < 3:
         assert read_manifest(f"{SPACE}/ingest/k1") is None
         draft_of({"a": b"new", "b": b"new"}).commit(manifest("k1"))
     assert [key for key in keys(s3) if "/ingest/" in key] == [f"alit/demo/ingest/k1/{n}" for n in ("a", MANIFEST, "b")]
     assert read_bytes(f"{SPACE}/ingest/k1/a") == b"new"
+
+
+@pytest.mark.parametrize("place", ["bucket", "disk"])
+def test_a_run_that_comes_late_leaves_what_another_has_finished(s3, tmp_path, place):
+    """It was suspended before its commit; the one that took over swept its draft away and finished the same key."""
+    space = SPACE if place == "bucket" else str(tmp_path)
+    old = manifest("k1")
+    draft_of({"a": b"old"}, workspace=space).commit(old)
+    late, swept = (draft_of({"a": b"late"}, key, space) for key in ("k1", "k2"))
+    artifacts.remove(join(space, DRAFTS))
+    winner = replace(manifest("k1"), seconds=7.0)
+    draft_of({"a": b"winner"}, workspace=space).commit(winner, replaces=old)
+    for one in (late, draft_of({"a": b"later"}, workspace=space)):
+        assert one.commit(manifest("k1"), replaces=old) == late.final
+        assert read_manifest(late.final) == winner and read_bytes(join(late.final, "a")) == b"winner"
+        assert not artifacts.exists(one.uri)
+    with pytest.raises(FileNotFoundError, match="the draft is gone"):
+        swept.commit(manifest("k2"))
+    assert read_manifest(swept.final) is None
+
+
+def test_a_run_that_loses_the_workspace_while_it_commits_finishes_nothing(s3):
+    checks = iter([None, RuntimeError("lost")])
+
+    def check() -> None:
+        if error := next(checks):
+            assert read_bytes(f"{SPACE}/ingest/k1/a") == b"1"  # only the manifest is missing
+            raise error
+
+    with pytest.raises(RuntimeError, match="lost"):
+        draft_of({"a": b"1"}).commit(manifest("k1"), check=check)
+    assert read_manifest(f"{SPACE}/ingest/k1") is None
 
 
 def test_artifacts_through_a_bad_network_are_the_same(s3, server, monkeypatch):
