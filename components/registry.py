@@ -209,13 +209,14 @@ def aliases_of(registry: str, name: str) -> dict[str, int]:
 def move_aliases(registry: str, name: str, *, to: Mapping[str, int | None], reason: str) -> None:
     """Point aliases to versions, or to none, and say in each version's tags and description why.
 
-    Raises ValueError when a version isn't there; nothing has moved then.
+    The champion moves after what else gets a version and before any alias goes, so that whoever is killed on the way
+    can begin anew and no former champion is lost. Raises ValueError when a version isn't there; nothing has moved then.
     """
     client = _client(registry)
     with _registry_errors(registry, f"model {name!r}"):
         for wanted in {number for number in to.values() if number is not None}:
             client.get_model_version(name, str(wanted))
-        for alias, number in to.items():
+        for alias, number in sorted(to.items(), key=lambda move: (move[1] is None, move[0] == CHAMPION)):
             if number is None:
                 client.delete_registered_model_alias(name, alias)
                 continue

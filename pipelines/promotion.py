@@ -31,7 +31,9 @@ def rolled_back(aliases: Mapping[str, int]) -> Moves:
     """What makes the previous champion the champion again, and the present one challenger, which undoes it."""
     if PREVIOUS not in aliases:
         raise ConfigError(f"there is no {PREVIOUS} version to go back to (aliases: {_told(aliases)})")
-    return {CHAMPION: aliases[PREVIOUS], PREVIOUS: None, CHALLENGER: aliases.get(CHAMPION)}
+    old, present = aliases[PREVIOUS], aliases.get(CHAMPION)
+    challenger = aliases.get(CHALLENGER) if present == old else present  # the same: a rollback that was broken off
+    return {CHAMPION: old, PREVIOUS: None, CHALLENGER: challenger}
 
 
 def promote(config: AnyConfig, version: int | None = None) -> Iterator[str]:

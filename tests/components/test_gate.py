@@ -1,11 +1,14 @@
 """Which alias a new version gets, and how the champion fares on the new model's held-out images; no Ray."""
 
+import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mlflow import MlflowClient
 
 from components.artifacts import Figures, ImageSet, Job, Publication, ScoreTable, read_json, write_json
 from components.config import GateConfig, InferenceResources, PromoteConfig
@@ -18,6 +21,7 @@ from components.task_config import ScoreStageConfig
 from components.tracking import Tracker
 from model import AlitTokenizer
 from model.starter import STARTER
+from pipelines.promotion import rolled_back
 from tests.by_hand import SIZE, finish, image_set, of_photographs, photographs
 from tests.registered import register, tracker_in
 
@@ -61,6 +65,7 @@ class Made:
     def promote(self, version: ModelVersion, gate: GateConfig | None, **changed: Any) -> Figures:
         """The stage, for a version that was published."""
         output = self.folder / f"promote-{version.name}-{version.version}"
+        shutil.rmtree(output, ignore_errors=True)  # a stage's folder is its own
         publication = self.folder / f"publication-{version.name}-{version.version}"
         write_json(f"{publication}/publication.json", {"model": version.name, "version": version.version})
         finish(publication, Publication)
@@ -132,6 +137,29 @@ def test_a_better_one_takes_over_and_a_rerun_of_the_stage_leaves_it(made: Made, 
     again = made.promote(version, L1)
     assert again["reason"] == "it was already"
     assert aliases_of(made.tracker.uri, "better") == {"champion": 2, "previous": 1}
+
+
+@pytest.mark.parametrize("moved", [0, 1, 2])
+def test_a_promotion_that_is_killed_after_some_aliases_can_be_done_again(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: int
+) -> None:
+    name, left = f"killed-{moved}", iter(range(moved))
+    register(made.tracker, damaged(tmp_path / "damaged"), name=name, alias="champion")
+    version, move = register(made.tracker, name=name), MlflowClient.set_registered_model_alias
+
+    def killed_when_done(client: MlflowClient, *what: str) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        move(client, *what)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", killed_when_done)
+        with suppress(KeyboardInterrupt):
+            made.promote(version, L1)
+    made.promote(version, L1)
+    aliases = aliases_of(made.tracker.uri, name)
+    assert aliases == {"champion": 2, "previous": 1}
+    assert rolled_back(aliases) == {"champion": 1, "previous": None, "challenger": 2}
 
 
 def test_a_champion_for_other_images_stays(made: Made, tmp_path: Path) -> None:

@@ -18,6 +18,12 @@ def test_the_challenger_becomes_champion_and_back() -> None:
     assert back == {"champion": 1, "challenger": 2}  # so that promoting undoes it
 
 
+def test_a_rollback_that_was_broken_off_ends_as_if_it_had_not_been() -> None:
+    aliases = {"champion": 2, "previous": 1}
+    halfway = {**aliases, "challenger": 2, "champion": 1}
+    assert after(halfway, rolled_back(halfway)) == after(aliases, rolled_back(aliases))
+
+
 def test_any_version_can_be_promoted() -> None:
     assert promoted({}, 3) == {"champion": 3}
     assert promoted({"champion": 1, "challenger": 2}, 3) == {"champion": 3, "previous": 1}
