@@ -209,6 +209,7 @@ class TestPlan:
         remove(str(tmp_path / "images"))
         commit(pipeline, str(tmp_path), "images", files="others")
         assert reasons(pipeline, str(tmp_path)) == expected
+        remove(str(tmp_path / "codes"))
         commit(pipeline, str(tmp_path), "codes", files="others")
         assert reasons(pipeline, str(tmp_path)) == {"scores": "codes is made again"}
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components import buckets
-from components.artifacts import DRAFTS, Draft, Manifest, exists, join, write_json
+from components.artifacts import DRAFTS, Draft, Manifest, exists, join, read_manifest, write_json
 from components.tracking import Store, open_child, open_parent_run
 from pipelines.cli import main
 from pipelines.config import load_config
@@ -56,7 +56,7 @@ def test_nothing_kept_lacks_its_inputs(needs: tuple[set[int], ...]) -> None:
 def make(workspace: str, stage: str, key: str, *inputs: str) -> str:
     draft = Draft(workspace, stage, key)
     write_json(join(draft.uri, "figures.json"), {"stage": stage})
-    return draft.commit(manifest(key, *inputs))
+    return draft.commit(manifest(key, *inputs), replaces=read_manifest(draft.final))
 
 
 def fill(workspace: str, uri: str, planned: str, folder: Path) -> dict[str, str]:
