@@ -27,6 +27,7 @@ Figures = dict[str, float | int | str]
 
 MANIFEST = "artifact.json"
 DRAFTS = ".drafts"
+SEEN = "seen."  # a figure with this before its name is a fact of the fingerprint, as the stage found it
 TOKENIZER_FILES = ("config.json", "weights.safetensors")
 
 IMAGES_SCHEMA = pa.schema(

@@ -197,17 +197,23 @@ def _kind(stage: Stage) -> type[Artifact]:
 def _plan_stage(stage: Stage, keys: Mapping[str, str], workspace: str, forced: bool) -> Planned:
     key = keys[stage.name]
     manifest = read_manifest(join(workspace, stage.name, key))
-    if manifest is not None and not forced:
-        return Planned(stage, key, "stands", "", manifest)
     if forced:
         return Planned(stage, key, "run", "forced", manifest)
-    newest = newest_manifest(workspace, stage.name)
+    if manifest is not None and not any(_fingerprint_differences(manifest.fingerprint, _facts(stage))):
+        return Planned(stage, key, "stands", "", manifest)
+    newest = manifest or newest_manifest(workspace, stage.name)  # the first: made of another world than was planned
     if newest is None:
         return Planned(stage, key, "run", "first run")
     inputs = {argument: keys[name] for argument, name in stage.needs.items()}
     reasons = list(_differences(stage, inputs, newest)) or ["its key changed"]
     more = f"; and {len(reasons) - MAX_REASONS} more" if len(reasons) > MAX_REASONS else ""
-    return Planned(stage, key, "run", "; ".join(reasons[:MAX_REASONS]) + more)
+    return Planned(stage, key, "run", "; ".join(reasons[:MAX_REASONS]) + more, manifest)
+
+
+def _facts(stage: Stage) -> dict[str, Any]:
+    """The fingerprint as a manifest has it."""
+    facts: dict[str, Any] = json.loads(json.dumps(dict(stage.fingerprint)))
+    return facts
 
 
 def newest_manifest(workspace: str, stage_name: str) -> Manifest | None:
@@ -220,7 +226,7 @@ def _differences(stage: Stage, inputs: Mapping[str, str], old: Manifest) -> Iter
     if old.code != stage.version:
         yield f"code version {old.code} -> {stage.version}"
     yield from _config_differences(old.config, json.loads(stage.config.model_dump_json()))
-    yield from _fingerprint_differences(old.fingerprint, json.loads(json.dumps(dict(stage.fingerprint))))
+    yield from _fingerprint_differences(old.fingerprint, _facts(stage))
     for argument in sorted({*inputs, *old.inputs}):
         if inputs.get(argument) != old.inputs.get(argument):
             yield f"input {argument} changed ({stage.needs.get(argument, 'no longer read')})"

@@ -15,7 +15,7 @@ from graphlib import TopologicalSorter
 from typing import Any
 
 from components import artifacts
-from components.artifacts import Draft, Job, Manifest, WorkspaceError, join, remove
+from components.artifacts import SEEN, Draft, Job, Manifest, WorkspaceError, join, remove
 from components.parts import files_digest
 from pipelines.cluster import fits, stage_environment
 from pipelines.dag import Planned
@@ -230,7 +230,8 @@ class Execution:
             config=stage.config.model_dump(mode="json"),
             counts=outcome.figures,
             code=stage.version,
-            fingerprint=dict(stage.fingerprint),
+            # The world may have changed since the plan: then this isn't what the key says, and won't stand for it.
+            fingerprint={name: outcome.figures.get(SEEN + name, fact) for name, fact in stage.fingerprint.items()},
             files=files_digest(join(attempt.draft.uri, "table")),
             mlflow_run_id=self.context.recorder.started(planned).run_id or None,
             seconds=round(attempt.seconds, 3),

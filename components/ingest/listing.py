@@ -51,6 +51,7 @@ class Changes:
     added: int = 0
     changed: int = 0
     removed: int = 0
+    listing: str = ""  # the source's digest of what was listed
     gone: dict[int, bytearray] = field(default_factory=dict)  # part -> digests of the URIs whose rows it loses
 
     @property

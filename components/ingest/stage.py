@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from components.artifacts import (
     REJECTED_SCHEMA,
+    SEEN,
     Figures,
     ImageSet,
     Job,
@@ -31,7 +32,7 @@ from components.ingest.decode import Shrunk, Work, make_parts
 from components.ingest.listing import Changes, Numbering, merge, read_listing, sort_out, write_blocks
 from components.ingest.tally import PARTS_SCHEMA, Tally, figures_of
 from components.parts import link_files, remove_others
-from components.sources import Source, open_source
+from components.sources import Listing, Source, open_source
 
 PROGRESS_S = 2.0
 FILES = {"file": "table", "rejects": "rejected"}  # column of PARTS_SCHEMA -> the folder of its files
@@ -42,8 +43,9 @@ def ingest(job: Job, *, config: IngestStageConfig, resources: IngestResources) -
 
     Figures of all images: images, rejected, train, val, labels (different ones), bytes (of the stored images), depth
     and mask (images that have them). Of the listing beside that of the ImageSet which parts are taken from: added,
-    changed, removed, reused (files). Raises ValueError when the source can't be listed, holds no good image, or more
-    than ``config.limits.max_rejected`` of the files that this run reads are bad.
+    changed, removed, reused (files); and seen.listing, its digest, which may be another than when the run was planned.
+    Raises ValueError when the source can't be listed, holds no good image, or more than ``config.limits.max_rejected``
+    of the files that this run reads are bad.
     """
     source, base = open_source(config.data), _Base.find(job, config)
     changes = _compare(source, base, job.output, resources.files_per_block)
@@ -64,7 +66,8 @@ def ingest(job: Job, *, config: IngestStageConfig, resources: IngestResources) -
         raise ValueError(f"data.source {config.data.source!r}: no good image in it: {'; '.join(reasons[:3])}")
     _describe(job.output, parts, [one.file for one in made if one.part >= work.first and one.file])
     job.progress(f"{figures['images']} images, {figures['rejected']} rejected")
-    return figures | {name: getattr(changes, name) for name in ("added", "changed", "removed", "reused")}
+    told = {name: getattr(changes, name) for name in ("added", "changed", "removed", "reused")}
+    return figures | told | {f"{SEEN}listing": changes.listing}
 
 
 @dataclass(frozen=True)
@@ -101,9 +104,11 @@ def _decisive(config: dict[str, Any]) -> dict[str, Any]:
 def _compare(source: Source, base: _Base, output: str, files_per_block: int) -> Changes:
     """Write the listing and the blocks to decode below ``output``."""
     changes, numbering = Changes(), Numbering(base.next_part, files_per_block)
-    listed = merge(read_listing(join(base.uri, "listing")) if base.uri else iter(()), source.list())
-    objects = sort_out(listed, source, numbering, join(output, "listing"), changes)
+    listing = Listing(source.list())
+    merged = merge(read_listing(join(base.uri, "listing")) if base.uri else iter(()), iter(listing))
+    objects = sort_out(merged, source, numbering, join(output, "listing"), changes)
     write_blocks(objects, join(output, "blocks"), files_per_block=files_per_block)
+    changes.listing = source.digest(listing.digest())
     return changes
 
 

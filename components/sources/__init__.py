@@ -42,8 +42,11 @@ class Source(Protocol):
     def list(self) -> Iterator[SourceObject]:
         """Every image, sorted by path, as they are found; raises ValueError when there is none."""
 
-    def digest(self) -> str:
-        """A hash of the listing, for the key of what is made from it."""
+    def digest(self, listed: str = "") -> str:
+        """A hash of the listing, for the key of what is made from it.
+
+        ``listed``: the listing_digest of what ``list`` gave, which spares listing again.
+        """
 
     def read(self, path: str, etag: str = "") -> bytes:
         """The content of an image, depth map or mask of the object with ``etag``; raises OSError."""
@@ -92,9 +95,26 @@ def _open_files(source: str, limit: int | None, kind: str = "") -> Source:
     return TableSource.open(source, limit=limit) if has_images(source) else ManifestSource.open(source, limit=limit)
 
 
+class Listing:
+    """The objects of a listing as they stream by."""
+
+    def __init__(self, objects: Iterator[SourceObject]) -> None:
+        self._objects, self._digest = objects, hashlib.sha256()
+
+    def __iter__(self) -> Iterator[SourceObject]:
+        """Each object once."""
+        for item in self._objects:
+            self._digest.update(json.dumps([item.path, item.size, item.etag]).encode() + b"\n")
+            yield item
+
+    def digest(self) -> str:
+        """sha256 over the path, size and etag of each object that came by, in order."""
+        return self._digest.hexdigest()
+
+
 def listing_digest(objects: Iterator[SourceObject]) -> str:
-    """sha256 over the path, size and etag of each object, in order."""
-    digest = hashlib.sha256()
-    for item in objects:
-        digest.update(json.dumps([item.path, item.size, item.etag]).encode() + b"\n")
-    return digest.hexdigest()
+    """The digest of a whole Listing."""
+    listing = Listing(objects)
+    for _ in listing:
+        pass
+    return listing.digest()

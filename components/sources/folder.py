@@ -27,9 +27,9 @@ class FolderSource:
             where, allowed = self.place.uri("").rstrip("/"), " ".join(SUFFIXES)
             raise ValueError(f"data.source {where!r}: no image files in it or below; suffixes that count: {allowed}")
 
-    def digest(self) -> str:
+    def digest(self, listed: str = "") -> str:
         """sha256 over the listing."""
-        return listing_digest(self.list())
+        return listed or listing_digest(self.list())
 
     def read(self, path: str, etag: str = "") -> bytes:
         """The file's content, the newest; raises OSError."""

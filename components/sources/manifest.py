@@ -74,9 +74,9 @@ class ManifestSource:
             files = self._files(chunk)
             yield from (_object(path, targets, files) for path, targets, _ in chunk)
 
-    def digest(self) -> str:
+    def digest(self, listed: str = "") -> str:
         """sha256 over the listing."""
-        return listing_digest(self.list())
+        return listed or listing_digest(self.list())
 
     def read(self, path: str, etag: str = "") -> bytes:
         """The file's content; raises OSError."""

@@ -60,7 +60,7 @@ class TableSource:
         if not found:
             raise ValueError(f"data.source {self.place.uri(self.tables[0].path)!r}: no rows")
 
-    def digest(self) -> str:
+    def digest(self, listed: str = "") -> str:
         """sha256 over the listing of the tables."""
         return listing_digest(SourceObject(file.path, file.size, file.etag) for file in self.tables)
 

@@ -57,7 +57,7 @@ class TarSource:
         if not found:
             raise ValueError(f"data.source {self.place.uri(self.shards[0].path)!r}: no images in the shards")
 
-    def digest(self) -> str:
+    def digest(self, listed: str = "") -> str:
         """sha256 over the listing of the shards."""
         return listing_digest(SourceObject(file.path, file.size, file.etag) for file in self.shards)
 

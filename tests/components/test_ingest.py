@@ -294,6 +294,22 @@ def test_decoding_a_block_again_writes_the_same_files(tmp_path):
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")} == first
 
 
+def test_what_was_listed_is_told_though_the_source_has_changed_since_the_plan(tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    put(folder, "a.png", "b.png")
+    planned = folder_source(folder).digest()
+
+    def one_after_the_other(work: Work, num_blocks: int, _: IngestResources):
+        yield from (decode_block(block, work) for block in range(num_blocks))
+
+    monkeypatch.setattr("components.ingest.stage.make_parts", one_after_the_other)
+    same, _ = run_ingest(tmp_path / "same", config_of(folder))
+    put(folder, "b2.png")
+    other, _ = run_ingest(tmp_path / "other", config_of(folder))
+    assert same["seen.listing"] == planned != other["seen.listing"] == folder_source(folder).digest()
+    assert (same["images"], other["images"]) == (2, 3)
+
+
 def test_files_that_cannot_be_read_are_rejected(tmp_path):
     put(tmp_path / "in", "big.png", "gone.png", "good.png")
     (tmp_path / "in/big.png").write_bytes(saved(picture(300, 300), "BMP"))

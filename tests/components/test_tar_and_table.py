@@ -158,6 +158,7 @@ def test_the_digest_follows_the_shards_and_reads_none(server, monkeypatch, tmp_p
     upload(client, tmp_path, "data", "digest/")
     point(monkeypatch, server)
     assert source_of("s3://data/digest").digest() != before
+    assert source.digest(listed="of members") == before  # of the shards that it lists, whatever is in them
 
 
 def test_reading_one_image_does_not_read_the_shard(server, monkeypatch, tmp_path):

@@ -43,7 +43,7 @@ def diamond(**changes: dict[str, Any]) -> Pipeline:
     return Pipeline("diamond", tuple(make(name, *needs[name], **changes.get(name, {})) for name in needs))
 
 
-def commit(pipeline: Pipeline, workspace: str, *names: str, files: str = "") -> None:
+def commit(pipeline: Pipeline, workspace: str, *names: str, files: str = "", **seen: str) -> None:
     """Make the named stages' artifacts stand, as the runner would."""
     keys = pipeline.keys()
     for name in names:
@@ -58,7 +58,7 @@ def commit(pipeline: Pipeline, workspace: str, *names: str, files: str = "") -> 
                 config=stage.config.model_dump(mode="json"),
                 counts={},
                 code=stage.version,
-                fingerprint=dict(stage.fingerprint),
+                fingerprint={**stage.fingerprint, **seen},
                 files=files,
             )
         )
@@ -180,6 +180,15 @@ class TestPlan:
         changed = diamond(d={"version": "2"}, b={"fingerprint": {"listing": "x"}})
         told = reasons(changed, str(tmp_path))
         assert told == {"b": "source changed", "d": "code version 1 -> 2; input b changed (b)"}
+
+    def test_what_was_made_of_another_source_than_planned_does_not_stand(self, tmp_path: Any) -> None:
+        pipeline = diamond(a={"fingerprint": {"listing": "planned"}})
+        commit(pipeline, str(tmp_path), *"bcd")
+        commit(pipeline, str(tmp_path), "a", listing="with one more")
+        assert reasons(pipeline, str(tmp_path)) == {"a": "source changed"}
+        remove(str(tmp_path / "a"))
+        commit(pipeline, str(tmp_path), "a", listing="planned")
+        assert reasons(pipeline, str(tmp_path)) == {}
 
     def test_compares_with_the_newest(self, tmp_path: Any) -> None:
         for seed in (1, 2):

@@ -149,6 +149,17 @@ class TestRuns:
         back = run(pipeline("x"), workspace=str(tmp_path), options=OPTIONS)
         assert set(states(back).values()) == {"reused"} and text_of(back, "second") == "ax"
 
+    def test_a_source_that_changed_after_the_plan_is_read_again(self, tmp_path: Path) -> None:
+        def pipeline(found: str) -> Pipeline:
+            planned = {"listing": "as planned"}
+            return Pipeline("toy", (replace(stage("one", listing=found), fingerprint=planned), stage("aside")))
+
+        run(pipeline("with one more"), workspace=str(tmp_path), options=OPTIONS)
+        again = run(pipeline("as planned"), workspace=str(tmp_path), options=OPTIONS)  # the one more is gone
+        assert states(again) == {"one": "done", "aside": "reused"} and again["one"].reason == "source changed"
+        last = run(pipeline("as planned"), workspace=str(tmp_path), options=OPTIONS)
+        assert states(last) == {"one": "reused", "aside": "reused"}
+
     def test_until_and_force(self, tmp_path: Path) -> None:
         options = RunOptions(ray=RAY, until="second")
         record = run(chain(), workspace=str(tmp_path), options=options)

@@ -27,6 +27,7 @@ class ToyResources(BaseModel):
     seconds: float = 0.0
     fail: str = ""
     once: bool = False  # fail the first time only
+    listing: str = ""  # that it finds
 
 
 def note(resources: ToyResources, what: str) -> None:
@@ -56,7 +57,8 @@ def work(job: Job, *, config: ToyConfig, resources: ToyResources, **inputs: Arti
     text = config.text + "".join(read_bytes(join(inputs[name].uri, "toy.txt")).decode() for name in sorted(inputs))
     write_bytes(join(job.output, "toy.txt"), text.encode())
     note(resources, f"end {job.stage}")
-    return {"length": len(text), "tries": tries, "word": config.text}
+    seen = {"seen.listing": resources.listing} if resources.listing else {}
+    return {"length": len(text), "tries": tries, "word": config.text, **seen}
 
 
 def fail(how: str) -> None:
