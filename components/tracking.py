@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -311,22 +312,37 @@ def used_by_runs(store: Store, newest: int | None = None, further: Iterable[str]
     Raises TrackingError when the store can't be read.
     """
     client = _client(store.uri)
-    try:
+    with _reading(store):
         runs = list(_runs(client, store))
         pipelines = [run.info.run_id for run in runs if PARENT not in run.data.tags]
         counted = set(pipelines if newest is None else pipelines[:newest])
         tags = [run.data.tags for run in runs if run.data.tags.get(PARENT) in counted]
         tags += [_tags_of(client, run_id) for run_id in further]
-    except Exception as error:
-        raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be read: {redact(str(error))}") from error
     return {found["alit.key"] for found in tags if "alit.key" in found}
 
 
-def _runs(client: "MlflowClient", store: Store) -> Iterator[Any]:
-    """The experiment's runs that aren't deleted, the newest first."""
+def known_runs(store: Store) -> set[str]:
+    """Ids of the experiment's runs, deleted ones included. Raises TrackingError when the store can't be read."""
+    client = _client(store.uri)
+    from mlflow.entities import ViewType
+
+    with _reading(store):
+        return {run.info.run_id for run in _runs(client, store, ViewType.ALL)}
+
+
+@contextmanager
+def _reading(store: Store) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        raise TrackingError(f"mlflow.uri: {redact(store.uri)!r} can't be read: {redact(str(error))}") from error
+
+
+def _runs(client: "MlflowClient", store: Store, view: int = 1) -> Iterator[Any]:
+    """The experiment's runs, the newest first; ``view``: MLflow's ViewType, by default of those that aren't deleted."""
     experiment, token = client.get_experiment_by_name(store.experiment), None
     while experiment is not None:
-        page = client.search_runs([experiment.experiment_id], max_results=RUNS_PER_CALL, page_token=token)
+        page = client.search_runs([experiment.experiment_id], "", view, RUNS_PER_CALL, page_token=token)
         yield from page
         token = page.token
         if not token:

@@ -5,6 +5,7 @@ that was made from, found through the manifests. So deleting runs in MLflow is w
 MLflow's own files, stay.
 """
 
+import logging
 import re
 import uuid
 from collections.abc import Iterable, Iterator
@@ -14,9 +15,9 @@ from pyarrow import fs
 
 from components.artifacts import DRAFTS, Manifest, filesystem, folder_bytes, join, read_manifest, remove
 from components.registry import runs_of_versions
-from components.tracking import store_for, used_by_runs
+from components.tracking import Store, known_runs, redact, store_for, used_by_runs
 from pipelines.build import build
-from pipelines.config import AnyConfig
+from pipelines.config import AnyConfig, ConfigError
 from pipelines.dag import RESERVED_NAMES, STAGE_NAME
 from pipelines.lock import hold, holder_of
 from pipelines.runner import absolute
@@ -24,6 +25,9 @@ from pipelines.summary import table
 
 KEY = re.compile(r"[0-9a-f]{16}")
 SCRATCH = "scratch"
+RUNS_TOLD = 3
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,8 @@ def collect(config: AnyConfig, *, delete: bool = False, keep_runs: int | None = 
     """Find garbage in the config's workspace and, with ``delete``, remove it; yields a table's lines.
 
     ``keep_runs``: only so many of the newest pipeline runs count; None: all that aren't deleted.
-    Raises ConfigError when the plan can't be made, and WorkspaceHeld when a run is on and something is to be deleted.
+    Raises ConfigError when the plan can't be made or MLflow knows no run that made an artifact here, and WorkspaceHeld
+    when a run is on and something is to be deleted.
     """
     workspace = absolute(config.workspace)
     if not delete:
@@ -96,8 +101,31 @@ def collect(config: AnyConfig, *, delete: bool = False, keep_runs: int | None = 
 def _found(config: AnyConfig, workspace: str, keep_runs: int | None) -> Iterator[Garbage]:
     artifacts = list(_artifacts(workspace))
     store = store_for(config.mlflow, workspace)
-    roots = {*build(config).keys().values(), *used_by_runs(store, keep_runs, runs_of_versions(store.uri))}
+    strange = _made_by_strangers(artifacts, store)
+    roots = {*build(config).keys().values(), *used_by_runs(store, keep_runs, runs_of_versions(store.uri)), *strange}
     yield from marked(artifacts, list(_scratch(workspace)), roots)
+
+
+def _made_by_strangers(artifacts: Iterable[Folder], store: Store) -> set[str]:
+    """Keys of artifacts whose runs are none of ``store``'s; raises ConfigError when all are, for it is another's then.
+
+    What a run made that MLflow missed names no run.
+    """
+    made_by = {one.key: one.manifest.mlflow_run_id for one in artifacts if one.manifest and one.manifest.mlflow_run_id}
+    known = known_runs(store) if made_by else set()
+    strange = {key: run_id for key, run_id in made_by.items() if run_id not in known}
+    if not strange:
+        return set()
+    ids = sorted(set(strange.values()))
+    some = f"{', '.join(ids[:RUNS_TOLD])}{', …' if len(ids) > RUNS_TOLD else ''}"
+    where = f"experiment {store.experiment!r} of {redact(store.uri)}"
+    if len(strange) == len(made_by):
+        raise ConfigError(
+            f"{where} knows none of the {len(ids)} runs that made what is here ({some}), so nothing is garbage by it; "
+            "set MLFLOW_TRACKING_URI, or mlflow.uri and mlflow.experiment, to where they were recorded"
+        )
+    _log.warning("%d artifacts are kept: %s doesn't know the runs that made them (%s)", len(strange), where, some)
+    return set(strange)
 
 
 def _drafts(workspace: str) -> Iterator[Garbage]:

@@ -18,8 +18,9 @@ from pipelines.train import build
 from tests.s3_server import client_of, point, s3_server
 
 
-def manifest(key: str, *inputs: str) -> Manifest:
-    return Manifest("image_set", 1, "ingest", key, {f"input_{need}": need for need in inputs}, {}, {})
+def manifest(key: str, *inputs: str, made_by: str | None = None) -> Manifest:
+    needs = {f"input_{need}": need for need in inputs}
+    return Manifest("image_set", 1, "ingest", key, needs, {}, {}, mlflow_run_id=made_by)
 
 
 def folders(needs: dict[str, list[str]]) -> list[Folder]:
@@ -53,10 +54,16 @@ def test_nothing_kept_lacks_its_inputs(needs: tuple[set[int], ...]) -> None:
     assert all(need not in gone for key, inputs in graph.items() if key not in gone for need in inputs)
 
 
-def make(workspace: str, stage: str, key: str, *inputs: str) -> str:
+def make(workspace: str, stage: str, key: str, *inputs: str, made_by: str | None = None) -> str:
     draft = Draft(workspace, stage, key)
     write_json(join(draft.uri, "figures.json"), {"stage": stage})
-    return draft.commit(manifest(key, *inputs), replaces=read_manifest(draft.final))
+    return draft.commit(manifest(key, *inputs, made_by=made_by), replaces=read_manifest(draft.final))
+
+
+def recorded(uri: str, experiment: str, key: str, folder: Path) -> str:
+    """The id of a new child run that refers to the artifact ``key``."""
+    parent = open_parent_run(Store(uri, experiment, str(folder / "files")), "run", {})
+    return open_child(parent, "score", {"alit.stage": "score", "alit.key": key}).run_id
 
 
 def fill(workspace: str, uri: str, planned: str, folder: Path) -> dict[str, str]:
@@ -66,10 +73,9 @@ def fill(workspace: str, uri: str, planned: str, folder: Path) -> dict[str, str]
     made["used"] = make(workspace, "score", keys["used"], keys["source"])
     made["planned"] = make(workspace, "ingest", planned)
     for name in ("deleted", "used"):
-        parent = open_parent_run(Store(uri, "alit", str(folder / "files")), "run", {})
-        child = open_child(parent, name, {"alit.stage": "score", "alit.key": keys[name]})
+        child = recorded(uri, "alit", keys[name], folder)
         if name == "deleted":
-            mlflow.MlflowClient(tracking_uri=uri).delete_run(child.run_id)
+            mlflow.MlflowClient(tracking_uri=uri).delete_run(child)
     write_json(join(workspace, DRAFTS, "score-x", "figures.json"), {})
     write_json(join(workspace, "logs", "20260101", "score.log"), {})
     return made | {"draft": join(workspace, DRAFTS, "score-x"), "logs": join(workspace, "logs", "20260101")}
@@ -107,3 +113,29 @@ def check(workspace: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> N
     capsys.readouterr()
     assert main(command) == 0 and "0 folders" in capsys.readouterr().out
     assert not buckets.is_bucket(workspace) or not Path("s3:").exists()
+
+
+def test_an_mlflow_that_knows_nothing_of_it_lets_nothing_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    server, workspace = f"sqlite:///{tmp_path}/server.db", str(tmp_path / "w")
+    child = recorded(server, "alit", "a" * 16, tmp_path)
+    made = [make(workspace, "score", letter * 16, made_by=child) for letter in "ab"]
+    command = ["gc", "demo", "--set", f"workspace={workspace}", "--set", "data.crops=4"]
+    for wrong in ([], ["--set", f"mlflow.uri={server}", "--set", "mlflow.experiment=another"]):
+        for delete in ([], ["--delete"]):
+            assert main([*command, *wrong, *delete]) == 2
+            said = capsys.readouterr().err
+            assert (
+                child in said and "set MLFLOW_TRACKING_URI" in said and ("another" if wrong else "w/mlflow.db") in said
+            )
+    assert all(map(exists, made))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server)
+    mlflow.MlflowClient(tracking_uri=server).delete_run(child)  # and is known still
+    make(workspace, "score", "c" * 16, made_by="0" * 32)  # of a run that another MLflow may have
+    make(workspace, "score", "d" * 16)  # MLflow was away when it was made
+    assert main([*command, "--delete"]) == 0
+    said = capsys.readouterr()
+    assert "3 folders" in said.out and "1 artifacts are kept" in said.err and "0" * 32 in said.err
+    assert [path.name for path in (tmp_path / "w" / "score").iterdir()] == ["c" * 16]
