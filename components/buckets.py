@@ -6,9 +6,11 @@ them (variables, ~/.aws, the machine's or the pod's role) and are never passed o
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -102,7 +104,6 @@ def check(uri: str, field: str) -> None:
 def copy(paths: Mapping[str, str]) -> None:
     """Each ``bucket/key`` to another, within S3, large objects in parts, as S3 needs it; raises OSError."""
     from boto3.s3.transfer import TransferConfig
-    from botocore.exceptions import BotoCoreError, ClientError
 
     parts = TransferConfig(multipart_threshold=PART_BYTES, multipart_chunksize=PART_BYTES, use_threads=False)
 
@@ -110,13 +111,57 @@ def copy(paths: Mapping[str, str]) -> None:
         (bucket, _, key), (to_bucket, _, to_key) = (path.partition("/") for path in pair)
         client().copy({"Bucket": bucket, "Key": key}, to_bucket, to_key, Config=parts)
 
+    with _as_os_error("copying within a bucket"), ThreadPoolExecutor(COPIES) as pool:
+        for _ in pool.map(copy_one, paths.items()):
+            pass
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One in parts that is neither completed nor aborted."""
+
+    bucket: str
+    key: str
+    upload_id: str
+    initiated: datetime
+
+    @property
+    def bytes(self) -> int:
+        """Of the parts that have arrived."""
+        with _as_os_error("listing an upload's parts"):
+            pages = client().get_paginator("list_parts").paginate(**self._place)
+            return sum(part["Size"] for page in pages for part in page.get("Parts", ()))
+
+    def abort(self) -> None:
+        """Let S3 drop the parts; nothing happens where it is over by now. Raises OSError."""
+        with _as_os_error("aborting an upload"), suppress(client().exceptions.NoSuchUpload):
+            client().abort_multipart_upload(**self._place)
+
+    @property
+    def _place(self) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self.key, "UploadId": self.upload_id}
+
+
+def unfinished_uploads(uri: str) -> Iterator[Upload]:
+    """Those of keys below ``uri``; raises PermissionError when they may not be listed, or OSError."""
+    bucket, prefix = split(uri)
+    with _as_os_error(f"listing unfinished uploads below {uri}"):
+        pages = client().get_paginator("list_multipart_uploads")
+        for page in pages.paginate(Bucket=bucket, Prefix=f"{prefix}/" if prefix else ""):
+            for one in page.get("Uploads", ()):
+                yield Upload(bucket, one["Key"], one["UploadId"], one["Initiated"])
+
+
+@contextmanager
+def _as_os_error(doing: str) -> Iterator[None]:
+    from botocore.exceptions import BotoCoreError, ClientError
+
     try:
-        with ThreadPoolExecutor(COPIES) as pool:
-            for _ in pool.map(copy_one, paths.items()):
-                pass
+        yield
     except (BotoCoreError, ClientError) as error:
-        kind = ConnectionError if is_passing(error) else OSError
-        raise kind(f"copying within a bucket: {reason(error)}") from error
+        refused = code(error) in FORBIDDEN | {"NotImplemented"}
+        kind = ConnectionError if is_passing(error) else PermissionError if refused else OSError
+        raise kind(f"{doing}: {reason(error)}") from error
 
 
 def code(error: Exception) -> str:

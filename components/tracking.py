@@ -45,6 +45,7 @@ PAIRS_PER_CALL = 100  # MLflow's limit for params and tags
 VALUE_LENGTH = 500
 RUNS_PER_CALL = 1000
 PARENT = "mlflow.parentRunId"  # tag
+ARTIFACTS = "mlflow-artifacts"  # folder of a workspace
 
 _backlog: dict[str, deque[Any]] = {}  # run id -> metrics that were not sent yet
 _away_until: dict[str, float] = {}  # tracking URI -> monotonic time
@@ -260,9 +261,9 @@ def store_for(settings: MlflowSettings, workspace: str) -> Store:
     uri = uri or f"sqlite:///{Path(workspace).absolute()}/mlflow.db"
     if uri.startswith("sqlite:///"):
         database = Path(uri.removeprefix("sqlite:///")).absolute()  # a worker's folder is another one
-        return Store(f"sqlite:///{database}", settings.experiment, str(database.parent / "mlflow-artifacts"))
+        return Store(f"sqlite:///{database}", settings.experiment, str(database.parent / ARTIFACTS))
     on_server = uri.split("://")[0] in {"http", "https"} or uri.startswith("databricks")
-    return Store(uri, settings.experiment, None if on_server else f"{workspace}/mlflow-artifacts")
+    return Store(uri, settings.experiment, None if on_server else f"{workspace}/{ARTIFACTS}")
 
 
 def open_parent_run(store: Store, name: str, tags: Mapping[str, str]) -> Tracker:

@@ -19,9 +19,10 @@ from components.tracking import Store, known_runs, redact, store_for, used_by_ru
 from pipelines.build import build
 from pipelines.config import AnyConfig, ConfigError
 from pipelines.dag import RESERVED_NAMES, STAGE_NAME
-from pipelines.lock import hold, holder_of
+from pipelines.lock import LOCK, hold, holder_of
 from pipelines.runner import absolute
 from pipelines.summary import table
+from pipelines.unfinished import PartialFile, PartialUpload, unfinished
 
 KEY = re.compile(r"[0-9a-f]{16}")
 SCRATCH = "scratch"
@@ -46,6 +47,18 @@ class Garbage:
 
     uri: str
     why: str
+
+    @property
+    def bytes(self) -> int:
+        """Of its files."""
+        return folder_bytes(self.uri)
+
+    def remove(self) -> None:
+        """Delete it."""
+        remove(self.uri)
+
+
+Rubbish = Garbage | PartialFile | PartialUpload
 
 
 def reachable(artifacts: Iterable[Folder], roots: Iterable[str]) -> set[str]:
@@ -87,14 +100,16 @@ def collect(config: AnyConfig, *, delete: bool = False, keep_runs: int | None = 
     if not delete:
         running = holder_of(workspace) is not None
         found = list(_found(config, workspace, keep_runs))
-        drafts = [] if running else list(_drafts(workspace))
-        yield from _told(workspace, [*found, *drafts], "would go; --delete removes them")
+        left = [] if running else list(_left_by_dead_runs(workspace, found))
+        yield from _told(workspace, [*found, *left], "would go; --delete removes them")
         return
     with hold(workspace, f"gc-{uuid.uuid4().hex[:6]}", config.wait_s):
-        found = [*_found(config, workspace, keep_runs), *_drafts(workspace)]
-        lines = list(_told(workspace, found, "removed"))
-        for one in found:
-            remove(one.uri)
+        began = _modified(join(workspace, LOCK))
+        found = list(_found(config, workspace, keep_runs))
+        left = list(_left_by_dead_runs(workspace, found, began))
+        lines = list(_told(workspace, [*found, *left], "removed"))
+        for one in [*found, *left]:
+            one.remove()
         yield from lines
 
 
@@ -128,17 +143,31 @@ def _made_by_strangers(artifacts: Iterable[Folder], store: Store) -> set[str]:
     return set(strange)
 
 
+def _left_by_dead_runs(workspace: str, found: Iterable[Garbage], before: float | None = None) -> Iterator[Rubbish]:
+    """Drafts, and what was half written before the time ``before`` and is not in one of the folders ``found``."""
+    yield from _drafts(workspace)
+    folders = tuple(f"{one.uri}/" for one in found)
+    yield from (one for one in unfinished(workspace, before) if not one.uri.startswith(folders))
+
+
+def _modified(uri: str) -> float:
+    store, path = filesystem(uri)
+    return (store.get_file_info(path).mtime_ns or 0) / 1e9
+
+
 def _drafts(workspace: str) -> Iterator[Garbage]:
     for name in _folders(join(workspace, DRAFTS)):
         yield Garbage(join(workspace, DRAFTS, name), "draft of a run that has ended")
 
 
-def _told(workspace: str, found: Iterable[Garbage], verb: str) -> Iterator[str]:
-    sized = [(one, folder_bytes(one.uri)) for one in found]
+def _told(workspace: str, found: Iterable[Rubbish], verb: str) -> Iterator[str]:
+    sized = [(one, one.bytes) for one in found]
     rows = [(one.uri.removeprefix(f"{workspace}/"), f"{size / 1e6:.1f} MB", one.why) for one, size in sized]
     if rows:
-        yield from table(("folder", "size", "why"), rows)
-    yield f"{len(rows)} folders, {sum(size for _, size in sized) / 1e6:.1f} MB {verb}"
+        yield from table(("what", "size", "why"), rows)
+    folders = sum(isinstance(one, Garbage) for one, _ in sized)
+    partial = f" and {len(rows) - folders} unfinished files" if len(rows) > folders else ""
+    yield f"{folders} folders{partial}, {sum(size for _, size in sized) / 1e6:.1f} MB {verb}"
 
 
 def _artifacts(workspace: str) -> Iterator[Folder]:

@@ -66,18 +66,27 @@ def recorded(uri: str, experiment: str, key: str, folder: Path) -> str:
     return open_child(parent, "score", {"alit.stage": "score", "alit.key": key}).run_id
 
 
-def fill(workspace: str, uri: str, planned: str, folder: Path) -> dict[str, str]:
-    """Artifacts that the plan, a run and nothing refers to, and a draft; name -> place."""
+def fill(workspace: str, uri: str, planned: dict[str, str], folder: Path) -> dict[str, str]:
+    """Artifacts that the plan, a run and nothing refers to, a draft, and half-written files; name -> place."""
     keys = {name: letter * 16 for name, letter in (("source", "a"), ("used", "b"), ("lost", "c"), ("deleted", "d"))}
     made = {name: make(workspace, "score", key) for name, key in keys.items()}
     made["used"] = make(workspace, "score", keys["used"], keys["source"])
-    made["planned"] = make(workspace, "ingest", planned)
+    made["planned"] = make(workspace, "ingest", planned["ingest"])
     for name in ("deleted", "used"):
         child = recorded(uri, "alit", keys[name], folder)
         if name == "deleted":
             mlflow.MlflowClient(tracking_uri=uri).delete_run(child)
     write_json(join(workspace, DRAFTS, "score-x", "figures.json"), {})
     write_json(join(workspace, "logs", "20260101", "score.log"), {})
+    if not buckets.is_bucket(workspace):
+        write_json(join(workspace, ".lock.part"), {})
+        write_json(join(workspace, "scratch", "distill", planned["distill"], "state.json.x.part"), {})
+        write_json(join(workspace, "mlflow-artifacts", "own.part"), {})  # a name that a run chose for its file
+    else:
+        for place in (f"alit/scratch/distill/{planned['distill']}/state", "alit/mlflow-artifacts/own", "other/file"):
+            upload = buckets.client().create_multipart_upload(Bucket="work", Key=place)["UploadId"]
+            part = {"Bucket": "work", "Key": place, "UploadId": upload, "PartNumber": 1}
+            buckets.client().upload_part(**part, Body=b"half of it")
     return made | {"draft": join(workspace, DRAFTS, "score-x"), "logs": join(workspace, "logs", "20260101")}
 
 
@@ -92,16 +101,28 @@ def test_gc(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
         check("s3://work/alit", tmp_path, capsys)
 
 
+def half_written(workspace: str) -> set[str]:
+    """The names of partial files, or the keys of uploads that were not completed."""
+    if buckets.is_bucket(workspace):
+        uploads = buckets.client().list_multipart_uploads(Bucket="work").get("Uploads", ())
+        return {one["Key"].rpartition("/")[2] for one in uploads}
+    return {path.name for path in Path(workspace).rglob("*.part")}
+
+
 def check(workspace: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     uri = f"sqlite:///{folder}/mlflow.db"
     arguments = [f"workspace={workspace}", f"mlflow.uri={uri}", "data.crops=4"]
-    planned = build(load_config("demo", arguments)).keys()["ingest"]
+    planned = build(load_config("demo", arguments)).keys()
     made = fill(workspace, uri, planned, folder)
     command = ["gc", "demo", *(word for text in arguments for word in ("--set", text))]
     capsys.readouterr()
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "3 folders" in said and all(key in said for key in ("c" * 16, "d" * 16, "score-x"))
+    in_bucket = buckets.is_bucket(workspace)
+    partial = {"state"} if in_bucket else {".lock.part", "state.json.x.part"}
+    assert f"3 folders and {len(partial)} unfinished files" in said and all(name in said for name in partial)
+    assert half_written(workspace) > partial and "own" not in said
+    assert all(key in said for key in ("c" * 16, "d" * 16, "score-x"))
     assert all(exists(place) for place in made.values())  # a dry run
     assert main([*command, "--keep-runs", "1"]) == 0 and "3 folders" in capsys.readouterr().out
     assert main([*command, "--keep-runs", "0"]) == 0 and "5 folders" in capsys.readouterr().out
@@ -109,10 +130,11 @@ def check(workspace: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert main([*command, "--delete"]) == 1
         assert "is in use by run another" in capsys.readouterr().err
     assert main([*command, "--delete"]) == 0
+    assert half_written(workspace) == ({"own", "file"} if in_bucket else {"own.part"})
     assert {name for name, place in made.items() if not exists(place)} == {"lost", "deleted", "draft"}
     capsys.readouterr()
     assert main(command) == 0 and "0 folders" in capsys.readouterr().out
-    assert not buckets.is_bucket(workspace) or not Path("s3:").exists()
+    assert not in_bucket or not Path("s3:").exists()
 
 
 def test_an_mlflow_that_knows_nothing_of_it_lets_nothing_go(
