@@ -28,6 +28,7 @@ Figures = dict[str, float | int | str]
 MANIFEST = "artifact.json"
 DRAFTS = ".drafts"
 SEEN = "seen."  # a figure with this before its name is a fact of the fingerprint, as the stage found it
+UNREADABLE = "unreadable"  # figure of an artifact that lacks so many inputs which a later run may be allowed to read
 TOKENIZER_FILES = ("config.json", "weights.safetensors")
 
 IMAGES_SCHEMA = pa.schema(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from components import artifacts
-from components.artifacts import Artifact, ImageSet, Manifest, finished, join, read_manifest
+from components.artifacts import UNREADABLE, Artifact, ImageSet, Manifest, finished, join, read_manifest
 
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)*")
 RESERVED_NAMES = frozenset({"logs", "scratch", "end"})  # folders of a workspace; `end` closes a block in mermaid
@@ -200,6 +200,8 @@ def _plan_stage(stage: Stage, keys: Mapping[str, str], workspace: str, forced: b
     if forced:
         return Planned(stage, key, "run", "forced", manifest)
     if manifest is not None and not any(_fingerprint_differences(manifest.fingerprint, _facts(stage))):
+        if missing := manifest.counts.get(UNREADABLE):
+            return Planned(stage, key, "run", f"{missing} of its inputs could not be read", manifest)
         return Planned(stage, key, "stands", "", manifest)
     newest = manifest or newest_manifest(workspace, stage.name)  # the first: made of another world than was planned
     if newest is None:

@@ -5,14 +5,14 @@ object store, and the rows depend on nothing but the files, whichever task makes
 """
 
 import hashlib
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, filesystem, join, write_bytes
+from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, filesystem, join, read_batches, write_bytes
 from components.config import IngestResources, IngestStageConfig
 from components.image_files import BadImage
 from components.images import Prepared, encode_png, image_id, prepare
@@ -23,6 +23,7 @@ from components.sources import Source, SourceObject
 from components.targets import Kind, prepare_target
 
 MAX_TASKS = 4096  # beyond so many blocks a task takes several, one after the other
+NO_ACCESS = "cannot be read for want of access: "  # in a reason: access may come, and the file's ETag stays
 TASK_RETRIES = 3  # a file that kills its worker must fail the run, not be tried for ever (Ray Data's default)
 
 
@@ -163,12 +164,19 @@ def _read(path: str, etag: str, work: Work) -> bytes:
     """The file's content. Other errors than these two are the disk's or the network's and fail the stage."""
     try:
         data = work.source.read(path, etag)
-    except (FileNotFoundError, PermissionError) as error:
-        hint = "; it is not there, or its name is not UTF-8" if isinstance(error, FileNotFoundError) else ""
-        raise BadImage(f"cannot be read: {error.strerror}{hint}") from error
+    except FileNotFoundError as error:
+        raise BadImage(f"cannot be read: {error.strerror}; it is not there, or its name is not UTF-8") from error
+    except PermissionError as error:
+        raise BadImage(f"{NO_ACCESS}{error.strerror}") from error
     if len(data) > work.config.limits.max_bytes:  # it grew since it was listed, or its source lists no sizes
         raise BadImage(f"too many bytes: {len(data)} are more than {work.config.limits.max_bytes}")
     return data
+
+
+def unreadable(uri: str) -> Iterator[str]:
+    """URIs of the files that the ImageSet at ``uri`` lacks for want of access, to them or to their targets."""
+    for batch in read_batches(join(uri, "rejected")):
+        yield from (row["uri"] for row in batch.to_pylist() if NO_ACCESS in row["reason"])
 
 
 def _tally(images: Sequence[dict[str, Any]], rejected: Sequence[dict[str, Any]], **part: Any) -> Tally:

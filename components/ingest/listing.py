@@ -4,8 +4,8 @@ Both are sorted by path, and so is every listing of a source, so that one is com
 """
 
 import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Literal
 
@@ -88,6 +88,13 @@ def merge(old: Iterator[tuple[SourceObject, int]], new: Iterator[SourceObject]) 
         else:
             yield Listed(now, "reused" if now == before[0] else "changed", before[1])
             before, now = next(old, None), next(new, None)
+
+
+def read_again(listed: Iterator[Listed], source: Source, uris: Set[str]) -> Iterator[Listed]:
+    """``listed``; what would be reused and is one of ``uris`` counts as changed."""
+    for one in listed:
+        again = uris and one.state == "reused" and source.uri(one.item.path) in uris
+        yield replace(one, state="changed") if again else one
 
 
 @dataclass(frozen=True)

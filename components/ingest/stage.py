@@ -1,8 +1,9 @@
 """The stage: what an earlier ImageSet has is linked; files that are new or have changed are decoded.
 
-The listing is compared with that of the newest ImageSet of the same config as both stream by. What is not reused is
-written down first, in blocks of ``files_per_block`` files; then every block, and every earlier part that loses rows, is
-one task's. Rows keep the order of the listing within a run; later runs add theirs at the end.
+The listing is compared with that of the newest ImageSet of the same config as both stream by; files that there was no
+access to count as changed, for an ETag says nothing of access. What is not reused is written down first, in blocks of
+``files_per_block`` files; then every block, and every earlier part that loses rows, is one task's. Rows keep the order
+of the listing within a run; later runs add theirs at the end.
 """
 
 import time
@@ -17,6 +18,7 @@ import pyarrow.compute as pc
 from components.artifacts import (
     REJECTED_SCHEMA,
     SEEN,
+    UNREADABLE,
     Figures,
     ImageSet,
     Job,
@@ -28,8 +30,8 @@ from components.artifacts import (
     write_table,
 )
 from components.config import IngestResources, IngestStageConfig
-from components.ingest.decode import Shrunk, Work, make_parts
-from components.ingest.listing import Changes, Numbering, merge, read_listing, sort_out, write_blocks
+from components.ingest.decode import Shrunk, Work, make_parts, unreadable
+from components.ingest.listing import Changes, Numbering, merge, read_again, read_listing, sort_out, write_blocks
 from components.ingest.tally import PARTS_SCHEMA, Tally, figures_of
 from components.parts import link_files, remove_others
 from components.sources import Listing, Source, open_source
@@ -42,10 +44,10 @@ def ingest(job: Job, *, config: IngestStageConfig, resources: IngestResources) -
     """Write ``listing``, ``table`` (IMAGES_SCHEMA), ``rejected`` (REJECTED_SCHEMA) and ``parts`` under ``job.output``.
 
     Figures of all images: images, rejected, train, val, labels (different ones), bytes (of the stored images), depth
-    and mask (images that have them). Of the listing beside that of the ImageSet which parts are taken from: added,
-    changed, removed, reused (files); and seen.listing, its digest, which may be another than when the run was planned.
-    Raises ValueError when the source can't be listed, holds no good image, or more than ``config.limits.max_rejected``
-    of the files that this run reads are bad.
+    and mask (images that have them), unreadable (rejected for want of access). Of the listing beside that of the
+    ImageSet which parts are taken from: added, changed, removed, reused (files); and seen.listing, its digest, which may
+    be another than when the run was planned. Raises ValueError when the source can't be listed, holds no good image, or
+    more than ``config.limits.max_rejected`` of the files that this run reads are bad.
     """
     source, base = open_source(config.data), _Base.find(job, config)
     changes = _compare(source, base, job.output, resources.files_per_block)
@@ -66,8 +68,8 @@ def ingest(job: Job, *, config: IngestStageConfig, resources: IngestResources) -
         raise ValueError(f"data.source {config.data.source!r}: no good image in it: {'; '.join(reasons[:3])}")
     _describe(job.output, parts, [one.file for one in made if one.part >= work.first and one.file])
     job.progress(f"{figures['images']} images, {figures['rejected']} rejected")
-    told = {name: getattr(changes, name) for name in ("added", "changed", "removed", "reused")}
-    return figures | told | {f"{SEEN}listing": changes.listing}
+    figures |= {name: getattr(changes, name) for name in ("added", "changed", "removed", "reused")}
+    return figures | {UNREADABLE: sum(1 for _ in unreadable(job.output)), f"{SEEN}listing": changes.listing}
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,7 @@ def _compare(source: Source, base: _Base, output: str, files_per_block: int) -> 
     changes, numbering = Changes(), Numbering(base.next_part, files_per_block)
     listing = Listing(source.list())
     merged = merge(read_listing(join(base.uri, "listing")) if base.uri else iter(()), iter(listing))
+    merged = read_again(merged, source, set(unreadable(base.uri)) if base.uri else set())
     objects = sort_out(merged, source, numbering, join(output, "listing"), changes)
     write_blocks(objects, join(output, "blocks"), files_per_block=files_per_block)
     changes.listing = source.digest(listing.digest())

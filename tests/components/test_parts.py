@@ -6,6 +6,7 @@ import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,11 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components import parts
-from components.artifacts import IMAGES_SCHEMA, filesystem
-from components.config import DataConfig, InferenceResources, IngestStageConfig
-from components.ingest import Work, decode_block, write_blocks
+from components.artifacts import IMAGES_SCHEMA, Draft, ImageSet, Job, Manifest, filesystem
+from components.config import DataConfig, InferenceResources, IngestResources, IngestStageConfig
+from components.ingest import Work, decode_block, ingest, write_blocks
 from components.ingest.decode import Shrunk, shrink
 from components.ingest.listing import Changes, Listed, Numbering, digest, merge, read_listing, sort_out
+from components.ingest.tally import Tally
 from components.mapping import Mapping, map_parts
 from components.parts import Earlier, kept_name, link_files, part_name, part_names, plan_parts, read_part, root_of
 from components.sources import SourceObject, Targets, open_source
@@ -270,3 +272,41 @@ def test_a_part_without_rows_that_have_gone(tmp_path: Path) -> None:
     assert os.path.samefile(f"{tmp_path}/base/table/{after.file}", f"{tmp_path}/new/table/{after.file}")
     after, _ = without(*(f"{number:05d}.png" for number in range(5)))
     assert (after.file, after.images, after.rejected, after.rejects) == ("", 0, 2, before.rejects)
+
+
+def test_a_file_that_may_be_read_again_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_photographs(tmp_path / "in", range(4))
+    (tmp_path / "in" / "bad.png").write_bytes(b"no image")
+    monkeypatch.setattr("components.ingest.stage.make_parts", in_this_process)
+    read, forbidden = Path.read_bytes, {"00002.png", "00003.png"}
+
+    def refusing(path: Path) -> bytes:
+        if path.name in forbidden:
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refusing)
+    config = IngestStageConfig(data=DataConfig(source=f"{tmp_path}/in", image_size=32))
+
+    def night(key: str) -> dict[str, Any]:
+        draft = Draft(str(tmp_path / "w"), "ingest", key)
+        job = Job("ingest", key, str(tmp_path / "w"), draft.uri, str(tmp_path / "scratch"))
+        told = ingest(job, config=config, resources=IngestResources())
+        about = {"config": config.model_dump(mode="json"), "counts": told}
+        draft.commit(Manifest("image_set", ImageSet.version, "ingest", key, {}, **about))
+        return {name: told[name] for name in ("images", "rejected", "unreadable", "changed", "reused")}
+
+    assert night("a") == {"images": 2, "rejected": 3, "unreadable": 2, "changed": 0, "reused": 0}
+    forbidden.remove("00002.png")
+    assert night("b") == {"images": 3, "rejected": 2, "unreadable": 1, "changed": 2, "reused": 3}
+    forbidden.clear()
+    assert night("b") == {"images": 4, "rejected": 1, "unreadable": 0, "changed": 1, "reused": 4}
+    assert night("c") == {"images": 4, "rejected": 1, "unreadable": 0, "changed": 0, "reused": 5}
+    (left,) = pq.read_table(tmp_path / "w/ingest/c/rejected").to_pylist()
+    assert left["uri"].endswith("bad.png") and len(pq.read_table(tmp_path / "w/ingest/c/table")) == 4
+
+
+def in_this_process(work: Work, num_blocks: int, resources: IngestResources) -> Iterator[Tally]:
+    """As make_parts, without Ray."""
+    yield from (shrink(one, work) for one in work.shrunk)
+    yield from (decode_block(block, work) for block in range(num_blocks))

@@ -43,7 +43,9 @@ def diamond(**changes: dict[str, Any]) -> Pipeline:
     return Pipeline("diamond", tuple(make(name, *needs[name], **changes.get(name, {})) for name in needs))
 
 
-def commit(pipeline: Pipeline, workspace: str, *names: str, files: str = "", **seen: str) -> None:
+def commit(
+    pipeline: Pipeline, workspace: str, *names: str, files: str = "", unreadable: int = 0, **seen: str
+) -> None:
     """Make the named stages' artifacts stand, as the runner would."""
     keys = pipeline.keys()
     for name in names:
@@ -56,7 +58,7 @@ def commit(pipeline: Pipeline, workspace: str, *names: str, files: str = "", **s
                 key=keys[name],
                 inputs={argument: keys[need] for argument, need in stage.needs.items()},
                 config=stage.config.model_dump(mode="json"),
-                counts={},
+                counts={"unreadable": unreadable},
                 code=stage.version,
                 fingerprint={**stage.fingerprint, **seen},
                 files=files,
@@ -169,6 +171,11 @@ class TestPlan:
         commit(diamond(), str(tmp_path), *"abcd")
         assert reasons(diamond(), str(tmp_path)) == {}
         assert all(p.manifest is not None for p in plan(diamond(), str(tmp_path)))
+
+    def test_what_could_not_be_read_is_tried_again(self, tmp_path: Any) -> None:
+        commit(diamond(), str(tmp_path), *"abcd")
+        commit(diamond(), str(tmp_path), "a", unreadable=2)
+        assert reasons(diamond(), str(tmp_path)) == {"a": "2 of its inputs could not be read"}
 
     def test_config(self, tmp_path: Any) -> None:
         commit(diamond(), str(tmp_path), *"abcd")
