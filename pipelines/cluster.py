@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from components import buckets
@@ -91,12 +91,15 @@ def stage_environment() -> dict[str, str]:
     return {**settings, **buckets.environment(), "PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
 
 
-def check_demand(stages: Iterable[Stage], have: Mapping[str, float]) -> None:
+def check_demand(
+    stages: Iterable[Stage], have: Mapping[str, float], largest: Mapping[str, float] | None = None
+) -> None:
     """Whether each stage fits a cluster with resources ``have`` (CPU, GPU, memory in bytes).
 
-    Raises DemandError that names all that don't.
+    ``largest``: what one node has at most, which each worker must fit; None: as much as the cluster. Raises DemandError
+    that names all that don't.
     """
-    problems = [text for stage in stages for text in _problems(stage, have)]
+    problems = [text for stage in stages for text in _problems(stage, have, have if largest is None else largest)]
     if problems:
         raise DemandError("\n".join(problems))
 
@@ -131,6 +134,7 @@ class _Kind:
 
 
 BIGGER = "use a bigger cluster (if it grows by itself, ray.grows_to says how far)"
+LARGER = "use larger nodes"
 CPU = _Kind("cpus", "cpus", "CPU")
 KINDS = (CPU, _Kind("gpus", "gpus", "GPU"), _Kind("memory_gb", "memory_mb", "GiB", 1024.0))
 
@@ -141,9 +145,32 @@ def grown(have: Mapping[str, float], to: ClusterSize) -> dict[str, float]:
     return {**have, **{name: max(limit, have.get(name, 0.0)) for name, limit in limits.items()}}
 
 
-def _problems(stage: Stage, have: Mapping[str, float]) -> Iterator[str]:
+def largest_node(
+    nodes: Iterable[Mapping[str, Any]], now: Mapping[str, float], have: Mapping[str, float]
+) -> dict[str, float]:
+    """The most that one of ``nodes`` (``ray.nodes()``), or one that is still to come, has of each resource.
+
+    ``now``: what the cluster has; ``have``: when it has grown. One node may bring all of the difference.
+    """
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    return {
+        name: max(have.get(name, 0.0) - now.get(name, 0.0), *(node.get(name, 0.0) for node in alive), 0.0)
+        for name in ("CPU", "GPU", "memory")
+    }
+
+
+def _problems(stage: Stage, have: Mapping[str, float], largest: Mapping[str, float]) -> Iterator[str]:
     for kind in KINDS:
-        yield from _problem(stage, kind, kind.of(have))
+        yield from [*_problem(stage, kind, kind.of(have))] or _problem_of_one(stage.name, stage.demand, kind, largest)
+
+
+def _problem_of_one(name: str, demand: Demand, kind: _Kind, largest: Mapping[str, float]) -> Iterator[str]:
+    """A worker is on one node, however many there are."""
+    each, most = getattr(demand, kind.demand) / demand.workers, kind.of(largest)
+    if each > most + EPSILON:
+        advice = _advice(replace(demand, workers=1), kind, each, most).removesuffix(BIGGER)
+        wanted = f"{each:g} {kind.unit} for one {demand.unit}"
+        yield f"{name} wants {wanted}, no node has more than {most:.4g}: {advice}{LARGER}"
 
 
 def _problem(stage: Stage, kind: _Kind, have: float) -> Iterator[str]:

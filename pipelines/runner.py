@@ -15,7 +15,7 @@ from components import tracking
 from components.artifacts import DRAFTS, join, remove
 from components.config import MlflowSettings, RaySettings
 from components.tracking import DataSet, Status, Store, TrackingError
-from pipelines.cluster import ClusterError, check_demand, cluster, grown
+from pipelines.cluster import ClusterError, check_demand, cluster, grown, largest_node
 from pipelines.config import ConfigError
 from pipelines.dag import Pipeline, Planned, plan
 from pipelines.execution import Context, Execution
@@ -134,9 +134,10 @@ def _ray_for(
         import ray
 
         stop.listen()
-        have = grown(ray.cluster_resources(), options.ray.grows_to)
-        check_demand(to_run, have)
-        yield have, len({node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
+        now, nodes = ray.cluster_resources(), ray.nodes()
+        have = grown(now, options.ray.grows_to)
+        check_demand(to_run, have, largest_node(nodes, now, have))
+        yield have, len({node["NodeManagerAddress"] for node in nodes if node["Alive"]})
 
 
 @contextmanager

@@ -54,7 +54,12 @@ def ingest_stage(config: PipelineConfig) -> Stage:
         config=IngestStageConfig(data=config.data, limits=IngestConfig(**limits)),
         resources=IngestResources(**resources),
         fingerprint={"listing": digest},
-        demand=Demand(data_cpus=1),
+        demand=Demand(
+            memory_gb=config.ingest.memory_mb_per_task / 1024,  # of one task: Ray Data runs as many as fit
+            data_cpus=1,
+            unit="task",
+            setting="ingest",
+        ),
         headline=("images", "rejected", "added", "changed", "removed"),
     )
 

@@ -11,8 +11,10 @@ from pydantic import BaseModel
 
 from components.artifacts import Draft, Manifest, remove
 from components.config import ClusterSize
-from pipelines.cluster import DemandError, check_demand, fits, grown
+from pipelines.cluster import DemandError, check_demand, fits, grown, largest_node
+from pipelines.config import load_config
 from pipelines.dag import Demand, Pipeline, Stage, plan
+from pipelines.train import ingest_stage
 
 
 class Inner(BaseModel):
@@ -289,6 +291,31 @@ class TestDemand:
         have = grown({"CPU": 2.0, "memory": 2**30}, ClusterSize(cpus=16, memory_gb=0.5))
         assert have == {"CPU": 16.0, "GPU": 0.0, "memory": 2**30}
         check_demand([make("a", demand=Demand(cpus=15, data_cpus=1))], have)
+
+    def test_a_worker_fits_on_one_node(self) -> None:
+        nodes = [{"Alive": True, "Resources": {"CPU": 2.0, "memory": 4 * 2**30}}] * 2
+        nodes += [{"Alive": False, "Resources": {"CPU": 64.0, "memory": 64 * 2**30}}]
+        now = {"CPU": 4.0, "memory": 8 * 2**30}
+        largest = largest_node(nodes, now, now)
+        fitting = Demand(cpus=4, memory_gb=8, workers=2)
+        check_demand([make("a", demand=fitting)], now, largest)
+        wide = Demand(cpus=3, memory_gb=6, unit="actor", setting="inference")
+        with pytest.raises(DemandError) as caught:
+            check_demand([make("score", demand=wide)], now, largest)
+        assert str(caught.value).splitlines() == [
+            "score wants 3 CPU for one actor, no node has more than 2: set inference.cpus_per_actor=2, "
+            "or use larger nodes",
+            "score wants 6 GiB for one actor, no node has more than 4: set inference.memory_mb_per_actor=4096, "
+            "or use larger nodes",
+        ]
+        more = grown(now, ClusterSize(cpus=8, memory_gb=16))  # a node of 4 CPU and 8 GiB may come
+        check_demand([make("score", demand=wide)], more, largest_node(nodes, now, more))
+
+    def test_a_task_of_ingest_fits_on_one_node(self) -> None:
+        ingest = ingest_stage(load_config("demo", ["ingest.memory_mb_per_task=6144"]))
+        check_demand([ingest], {"CPU": 2.0, "memory": 6 * 2**30})
+        with pytest.raises(DemandError, match=r"ingest wants 6 GiB, .* set ingest.memory_mb_per_task=4096"):
+            check_demand([ingest], {"CPU": 2.0, "memory": 4 * 2**30})
 
     def test_gpus_and_every_stage(self) -> None:
         stages = [make("a", demand=Demand(gpus=1)), make("b", demand=Demand(cpus=99)), make("c")]
