@@ -60,13 +60,13 @@ def expand(script: str, variables: dict[str, str], *, shell: str = "sh") -> list
     return done.stdout.split("\0")[:-1]
 
 
-def entrypoint_words(entrypoint: str) -> list[str]:
-    """What the head runs: the submitting pod's shell reads the entrypoint, ``ray job submit`` quotes what that made of
-    it, and the head's shell, which has the settings, reads it again."""
+def entrypoint_commands(entrypoint: str) -> list[list[str]]:
+    """What the head runs, one after the other: the submitting pod's shell reads the entrypoint, ``ray job submit``
+    quotes what that made of it, and the head's shell, which has the settings, reads it again."""
     from_submitter = shlex.join(expand(entrypoint, {}, shell="bash"))
     on_head = expand(from_submitter, SETTINGS)
     assert on_head[:2] == ["sh", "-c"]
-    return expand(on_head[2], SETTINGS)
+    return [expand(command, SETTINGS) for command in on_head[2].split("&&")]
 
 
 def readme_commands() -> Iterator[tuple[str, list[str]]]:

@@ -14,7 +14,7 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.config import load_config
-from tests.infra.files import AWS, COMPOSE, INFRA, RAY_OBJECTS, entrypoint_words, expand, job_spec, readme_commands
+from tests.infra.files import AWS, COMPOSE, INFRA, RAY_OBJECTS, entrypoint_commands, expand, job_spec, readme_commands
 
 SYSTEMD = INFRA / "systemd"
 NIGHTLY = dict(
@@ -33,16 +33,17 @@ def cron_line() -> tuple[list[str], str, str]:
     return fields, user, command
 
 
-def exec_start() -> list[str]:
-    (line,) = re.findall(r"^ExecStart=(.*)", SERVICE, re.MULTILINE)
-    return [string.Template(word).substitute(NIGHTLY) for word in line.split()]
+def exec_starts() -> list[list[str]]:
+    """The run and what follows it."""
+    lines = re.findall(r"^ExecStart(?:Post)?=(.*)", SERVICE, re.MULTILINE)
+    return [[string.Template(word).substitute(NIGHTLY) for word in line.split()] for line in lines]
 
 
 def commands() -> Iterator[tuple[str, list[str]]]:
     """Where it stands, and its words."""
     for name, document in RAY_OBJECTS.items():
         if entrypoint := job_spec(document).get("entrypoint"):
-            yield name, entrypoint_words(entrypoint)
+            yield from ((name, words) for words in entrypoint_commands(entrypoint))
     for name, service in COMPOSE["services"].items():
         command = service.get("command", [])
         words = shlex.split(command) if isinstance(command, str) else command
@@ -50,9 +51,9 @@ def commands() -> Iterator[tuple[str, list[str]]]:
             yield f"compose.yaml:{name}", words
     for line in (*AWS["head_start_ray_commands"], *AWS["worker_start_ray_commands"]):
         yield "aws.yaml", expand(line, {"RAY_HEAD_IP": "10.0.0.1"})
-    yield "alit-nightly.service", ["alit", *exec_start()[1:]]
+    yield from (("alit-nightly.service", ["alit", *words[1:]]) for words in exec_starts())
     command = cron_line()[2]
-    yield "alit.cron", expand(command[command.index("alit run") :].split(">>")[0], NIGHTLY)
+    yield from (("alit.cron", expand(one, NIGHTLY)) for one in command[command.index("alit run") :].split("&&"))
     yield from readme_commands()
 
 
@@ -131,7 +132,8 @@ def test_parameters_of_ray_start_exist(name: str) -> None:
 
 def test_one_variable_says_what_the_night_runs() -> None:
     nightly = [words for place, words in OF_ALIT if "nightly" in place or "cron" in place]
-    assert len(nightly) == 4
+    assert [words[1] for words in nightly] == ["run", "gc"] * 4
+    assert all(words[-3:] == ["--keep-runs", "14", "--delete"] for words in nightly if words[1] == "gc")
     assert {words[2] for words in nightly} == {NIGHTLY["ALIT_CONFIG"]} == {"rerun"}
     assert all(f"model={NIGHTLY['ALIT_MODEL']}" in words for words in nightly)
     for text in (SERVICE, CRON, *(path.read_text() for path in (INFRA / "kuberay").glob("nightly*"))):
@@ -160,13 +162,14 @@ def test_cron_line_runs(tmp_path: Path) -> None:
     command = command.replace(str(SYSTEMD / "nightly.env"), str(tmp_path / "nightly.env"))
     subprocess.run([shell, "-c", command], env=path, check=True)
     said = (tmp_path / "nightly.log").read_text().splitlines()
-    assert said[:2] == ["run", NIGHTLY["ALIT_CONFIG"]] and f"workspace={tmp_path}/imagenet100" in said
+    assert said[:2] == ["run", NIGHTLY["ALIT_CONFIG"]] and said.count(f"workspace={tmp_path}/imagenet100") == 2
+    assert said[-3:] == ["--keep-runs", "14", "--delete"]
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze here")
 def test_systemd_takes_the_units(tmp_path: Path) -> None:
     """With a command that is here in place of the installed one, and this folder's page."""
-    here = SERVICE.replace(exec_start()[0], str(Path(sys.executable)))
+    here = SERVICE.replace(exec_starts()[0][0], str(Path(sys.executable)))
     (tmp_path / "alit-nightly.service").write_text(here)
     shutil.copy(SYSTEMD / "alit-nightly.timer", tmp_path)
     units = [str(path) for path in tmp_path.iterdir()]

@@ -25,7 +25,7 @@ from tests.infra.files import (
     RAY_OBJECTS,
     ROOT,
     cluster_spec,
-    entrypoint_words,
+    entrypoint_commands,
     job_spec,
     pod_specs,
 )
@@ -162,7 +162,7 @@ def aws_totals() -> dict[str, float]:
 @pytest.mark.parametrize("config", ["train", "nightly"])
 def test_what_the_configs_ask_for_is_there(config: str, place: str) -> None:
     (entrypoint, *_) = [job_spec(one)["entrypoint"] for name, one in RAY_OBJECTS.items() if name.startswith(config)]
-    words = entrypoint_words(entrypoint)
+    words = entrypoint_commands(entrypoint)[0]
     overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
     stages = build(load_config(words[2], [*overrides, "data.source=demo"])).order()
     check_demand(stages, aws_totals() if place == "aws.yaml" else kubernetes_totals(RAY_OBJECTS[place]))
