@@ -165,8 +165,7 @@ def plan(pipeline: Pipeline, workspace: str, force: tuple[str, ...] = ()) -> lis
     """What a run in ``workspace`` would do, stage by stage in order.
 
     A forced stage runs again under the same key; those that read it stand, but for tables that follow its files.
-    Raises ValueError when ``force`` names a
-    stage that is not there.
+    Raises ValueError when ``force`` names a stage that is not there.
     """
     for name in force:
         _ = pipeline[name]

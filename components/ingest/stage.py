@@ -45,9 +45,9 @@ def ingest(job: Job, *, config: IngestStageConfig, resources: IngestResources) -
 
     Figures of all images: images, rejected, train, val, labels (different ones), bytes (of the stored images), depth
     and mask (images that have them), unreadable (rejected for want of access). Of the listing beside that of the
-    ImageSet which parts are taken from: added, changed, removed, reused (files); and seen.listing, its digest, which may
-    be another than when the run was planned. Raises ValueError when the source can't be listed, holds no good image, or
-    more than ``config.limits.max_rejected`` of the files that this run reads are bad.
+    ImageSet which parts are taken from: added, changed, removed, reused (files); and seen.listing, its digest, which
+    may be another than when the run was planned. Raises ValueError when the source can't be listed, holds no good
+    image, or more than ``config.limits.max_rejected`` of the files that this run reads are bad.
     """
     source, base = open_source(config.data), _Base.find(job, config)
     changes = _compare(source, base, job.output, resources.files_per_block)

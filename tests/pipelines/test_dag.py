@@ -45,9 +45,7 @@ def diamond(**changes: dict[str, Any]) -> Pipeline:
     return Pipeline("diamond", tuple(make(name, *needs[name], **changes.get(name, {})) for name in needs))
 
 
-def commit(
-    pipeline: Pipeline, workspace: str, *names: str, files: str = "", unreadable: int = 0, **seen: str
-) -> None:
+def commit(pipeline: Pipeline, workspace: str, *names: str, files: str = "", unreadable: int = 0, **seen: str) -> None:
     """Make the named stages' artifacts stand, as the runner would."""
     keys = pipeline.keys()
     for name in names:
