@@ -66,12 +66,18 @@ class Browser:
         self.driver.save_screenshot(str(file))
 
     def press(self, text: str) -> None:
-        """Click on the element that says ``text`` and no more, as soon as there is one."""
+        """Click on the element that says ``text`` and no more, as soon as that can be done."""
+        from selenium.common.exceptions import WebDriverException
         from selenium.webdriver.common.by import By
         from selenium.webdriver.support.ui import WebDriverWait
 
         place = (By.XPATH, f"//*[normalize-space(text())='{text}']")
-        WebDriverWait(self.driver, 60).until(lambda driver: driver.find_element(*place)).click()
+
+        def pressed(driver: Any) -> bool:
+            driver.find_element(*place).click()
+            return True
+
+        WebDriverWait(self.driver, 60, ignored_exceptions=[WebDriverException]).until(pressed)  # drawn, and not moving
 
     def print(self) -> bytes:
         """The page as PDF."""

@@ -1,6 +1,7 @@
 """A training step: the same on any number of workers, in any number of passes, cut up or whole; what it survives."""
 
 import faulthandler
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -118,8 +119,8 @@ def worker(rank: int, world: int, folder: str, case: Case) -> None:
     state = learner.state()
     if rank == 0:
         torch.save({"losses": losses, "state": state}, f"{folder}/result.pt")
-    distributed.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
+    distributed.barrier()
+    os._exit(0)  # gloo's threads and the interpreter can wait for each other when both end; Ray kills its workers too
 
 
 def on_workers(world: int, folder: Path, run: TrainRun) -> tuple[list[float], dict[str, Any]]:

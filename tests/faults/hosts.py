@@ -90,7 +90,7 @@ class Hosts:
 
     def wait_for_nodes(self, number: int) -> None:
         """Until so many are alive."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             status = subprocess.run(
                 in_network(0, [RAY, "status", f"--address={address(0)}:{PORT}"]),
@@ -101,7 +101,9 @@ class Hosts:
             )
             if len(re.findall(r"^ 1 node_", status.stdout, re.MULTILINE)) >= number:
                 return
-            assert time.monotonic() < deadline, status.stdout + status.stderr
+            if time.monotonic() > deadline:
+                logs = "".join(log.read_text() for log in sorted(self.folder.glob("host*.log")))
+                raise AssertionError(status.stdout + status.stderr + logs)
             time.sleep(1)
 
     def kill(self, number: int) -> None:

@@ -33,9 +33,10 @@ class Result:
 
 
 def environment() -> dict[str, str]:
-    """This process's, without what would send a run elsewhere."""
+    """This process's, without what would send a run elsewhere, nor the job workers of an MLflow server."""
     dropped = {"RAY_ADDRESS", "MLFLOW_TRACKING_URI"}
-    return {name: value for name, value in os.environ.items() if name not in dropped}
+    kept = {name: value for name, value in os.environ.items() if name not in dropped}
+    return kept | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def settings(*values: str) -> list[str]:
