@@ -19,7 +19,7 @@ from skimage import data
 from components.artifacts import Figures, Job
 from components.config import MlflowSettings, NoConfig, RaySettings
 from pipelines import train
-from pipelines.config import load_config
+from pipelines.config import RunConfig, load_config
 from pipelines.dag import Pipeline, Stage
 from pipelines.recorder import RunRecord
 from pipelines.runner import RunOptions, run
@@ -54,10 +54,25 @@ def small_tokenizer(job: Job, *, config: NoConfig, resources: NoConfig) -> Figur
     return {}
 
 
+def config_of(source: Path, *overrides: str) -> RunConfig:
+    """The demo's, of ``source``, small."""
+    config = load_config("demo", [*SMALL, *overrides, f"data.source={source}", f"mlflow.uri={store_of(source)}"])
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def store_of(source: Path) -> str:
+    """The MLflow database, beside the source."""
+    return f"sqlite:///{source}.db"
+
+
 def nightly(source: Path, *overrides: str) -> Pipeline:
     """From ``source`` to packed tokens."""
-    config = load_config("demo", [*SMALL, *overrides, f"data.source={source}"])
-    stages = [stage for stage in train.build(config).until(LAST).stages if stage.name not in ("base", "distill")]
+    stages = [
+        stage
+        for stage in train.build(config_of(source, *overrides)).until(LAST).stages
+        if stage.name not in ("base", "distill")
+    ]
     model = Stage(
         "model", run="tests.nightly:small_tokenizer", produces="Tokenizer", config=NoConfig(), resources=NoConfig()
     )
@@ -78,8 +93,7 @@ def run_nightly(
     source: Path, workspace: Path | str, *overrides: str, force: tuple[str, ...] = (), address: str | None = None
 ) -> RunRecord:
     """Run it on the Ray that is connected, or at ``address``; the record is kept beside the source."""
-    store = f"sqlite:///{source}.db"
-    options = RunOptions(force=force, mlflow=MlflowSettings(uri=store), ray=RaySettings(address=address))
+    options = RunOptions(force=force, mlflow=MlflowSettings(uri=store_of(source)), ray=RaySettings(address=address))
     return run(nightly(source, *overrides), workspace=str(workspace), options=options)
 
 
@@ -96,9 +110,9 @@ def rows(record: RunRecord, stage: str) -> pa.Table:
 
 
 def leftovers(workspace: Path) -> Iterator[Path]:
-    """What a run should not leave: drafts, partial files, files to decode."""
+    """What a run should not leave: drafts, partial files, files to decode, a lock."""
     for path in workspace.rglob("*"):
-        if path.name.endswith(".part") or path.parent.name == ".drafts" or path.name == "blocks":
+        if path.name.endswith(".part") or path.parent.name == ".drafts" or path.name in ("blocks", ".lock"):
             yield path
 
 
