@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components import parts
-from components.artifacts import IMAGES_SCHEMA, Draft, ImageSet, Job, Manifest, filesystem
+from components.artifacts import IMAGES_SCHEMA, Draft, ImageSet, Job, Manifest, filesystem, read_manifest
 from components.config import DataConfig, InferenceResources, IngestResources, IngestStageConfig
 from components.ingest import Work, decode_block, ingest, write_blocks
 from components.ingest.decode import Shrunk, shrink
@@ -293,7 +293,8 @@ def test_a_file_that_may_be_read_again_is_read_again(tmp_path: Path, monkeypatch
         job = Job("ingest", key, str(tmp_path / "w"), draft.uri, str(tmp_path / "scratch"))
         told = ingest(job, config=config, resources=IngestResources())
         about = {"config": config.model_dump(mode="json"), "counts": told}
-        draft.commit(Manifest("image_set", ImageSet.version, "ingest", key, {}, **about))
+        manifest = Manifest("image_set", ImageSet.version, "ingest", key, {}, **about)
+        draft.commit(manifest, replaces=read_manifest(draft.final))
         return {name: told[name] for name in ("images", "rejected", "unreadable", "changed", "reused")}
 
     assert night("a") == {"images": 2, "rejected": 3, "unreadable": 2, "changed": 0, "reused": 0}

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from components.artifacts import Draft, Manifest, remove
+from components.artifacts import Draft, Manifest, read_manifest, remove
 from components.config import ClusterSize
 from pipelines.cluster import DemandError, check_demand, fits, grown, largest_node
 from pipelines.config import load_config
@@ -50,7 +50,8 @@ def commit(pipeline: Pipeline, workspace: str, *names: str, files: str = "", unr
     keys = pipeline.keys()
     for name in names:
         stage = pipeline[name]
-        Draft(workspace, name, keys[name]).commit(
+        draft = Draft(workspace, name, keys[name])
+        draft.commit(
             Manifest(
                 schema="image_set",
                 version=1,
@@ -62,7 +63,8 @@ def commit(pipeline: Pipeline, workspace: str, *names: str, files: str = "", unr
                 code=stage.version,
                 fingerprint={**stage.fingerprint, **seen},
                 files=files,
-            )
+            ),
+            replaces=read_manifest(draft.final),
         )
 
 
