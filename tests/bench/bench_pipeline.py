@@ -24,7 +24,7 @@ import ray
 import torch
 
 from components.artifacts import CodeBook, ImageSet, Job, Manifest, ScoreTable, Tokenizer, write_json
-from components.config import DataConfig, InferenceResources, IngestResources, IngestStageConfig, NoConfig
+from components.config import DataConfig, InferenceResources, IngestResources, IngestStageConfig, PrecisionConfig
 from components.images import encode_png, prepare, stack, to_float
 from components.ingest import ingest
 from components.score import score
@@ -104,7 +104,7 @@ def stages_of(folder: Path, images: Path, cpus: int) -> dict[str, Callable[[Job]
     model = {"resources": actors, "images": image_set, "tokenizer": tokenizer}
     return {
         "ingest": lambda job: ingest(job, config=config, resources=tasks),
-        "tokenize": lambda job: tokenize(job, config=NoConfig(), **model),
+        "tokenize": lambda job: tokenize(job, config=PrecisionConfig(), **model),
         "score": lambda job: score(job, config=SCORES, codes=codes, **model),
     }
 
