@@ -22,7 +22,9 @@ from components.parts import kept_name, link_files, part_name
 from components.sources import Source, SourceObject
 from components.targets import Kind, prepare_target
 
-MAX_TASKS = 4096  # beyond so many blocks a task takes several, one after the other
+MAX_TASKS = 4096
+FILES_A_TASK = 512  # that a task takes at least, where that leaves TASKS_A_SLOT or more: starting one costs some 20 ms
+TASKS_A_SLOT = 8
 NO_ACCESS = "cannot be read for want of access: "  # in a reason: access may come, and the file's ETag stays
 TASK_RETRIES = 3  # a file that kills its worker must fail the run, not be tried for ever (Ray Data's default)
 
@@ -105,7 +107,7 @@ def make_parts(work: Work, num_blocks: int, resources: IngestResources) -> Gener
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     with ray.data.DataContext.current(context):
-        done = ray.data.range(number, override_num_blocks=min(number, MAX_TASKS)).map(
+        done = ray.data.range(number, override_num_blocks=_num_tasks(number, resources)).map(
             _make_part,
             fn_args=(work,),
             compute=ray.data.TaskPoolStrategy(size=min(resources.tasks, number)),
@@ -115,6 +117,12 @@ def make_parts(work: Work, num_blocks: int, resources: IngestResources) -> Gener
         )
     for row in done.iter_rows():
         yield Tally.from_json(row["tally"])
+
+
+def _num_tasks(number: int, resources: IngestResources) -> int:
+    """How many tasks share ``number`` parts; one that has several makes them one after the other."""
+    enough = max(TASKS_A_SLOT * resources.tasks, number * resources.files_per_block // FILES_A_TASK)
+    return min(number, enough, MAX_TASKS)
 
 
 def _remote_args() -> dict[str, Any]:
