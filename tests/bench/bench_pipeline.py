@@ -36,6 +36,7 @@ from model.starter import model_folder
 from model.tokens import TokenBatch
 
 SIZE, BATCH, DISTINCT, ROWS = 64, 32, 200, 50
+SAMPLE_S = 2.0  # between looks at memory, which themselves take a tenth of a second of CPU
 SCORES = ScoreStageConfig(metrics=("l1", "mse", "psnr"))
 
 
@@ -58,7 +59,7 @@ class Watch:
             thread.join()
 
     def _sample(self, done: threading.Event) -> None:
-        while not done.wait(0.5):
+        while not done.wait(SAMPLE_S):
             total = 0
             for process in (psutil.Process(), *psutil.Process().children(recursive=True)):
                 try:
@@ -68,12 +69,12 @@ class Watch:
             self.peak_gb = max(self.peak_gb, total / 1e9)
 
 
-def photographs(folder: Path, number: int) -> Path:
-    """``number`` JPEG files, links to ``DISTINCT`` crops of the demo's photographs."""
+def photographs(folder: Path, number: int, side: int) -> Path:
+    """``number`` JPEG files of ``side`` px, links to ``DISTINCT`` crops of the demo's photographs."""
     source, made = DemoSource(crops=DISTINCT), []
     (folder / "distinct").mkdir(parents=True)
     for item in source.list():
-        image = prepare(source.read(item.path), size=256, max_pixels=10**8).image
+        image = prepare(source.read(item.path), size=side, max_pixels=10**8).image
         made.append(folder / "distinct" / f"{len(made):03d}.jpg")
         image.save(made[-1], quality=90)
     images = folder / "images"
@@ -112,9 +113,9 @@ def stages_of(folder: Path, images: Path, cpus: int) -> dict[str, Callable[[Job]
 KINDS = {"ingest": ImageSet, "tokenize": CodeBook, "score": ScoreTable}
 
 
-def measure(folder: Path, number: int, stages: list[str], cpus: int) -> dict[str, tuple[float, float]]:
+def measure(folder: Path, number: int, stages: list[str], cpus: int, side: int) -> dict[str, tuple[float, float]]:
     """Stage -> seconds and peak GB over ``number`` images."""
-    known, found = stages_of(folder, photographs(folder, number), cpus), {}
+    known, found = stages_of(folder, photographs(folder, number, side), cpus), {}
     for name in stages:
         watch, began = Watch(), time.monotonic()
         with watch.memory():
@@ -175,16 +176,16 @@ def main() -> None:
     parser.add_argument("--images", type=int, nargs="+", default=[1000, 5000, 20000], help="sizes for ingest")
     parser.add_argument("--model-images", type=int, nargs="+", default=[250, 1000], help="sizes for tokenize and score")
     parser.add_argument("--cpus", type=int, default=2)
+    parser.add_argument("--side", type=int, default=500, help="of the JPEG files, px; ImageNet's have some 500 x 375")
     options = parser.parse_args()
     home = Path(tempfile.mkdtemp(prefix="alit-bench-"))
     limits = {"object_store_memory": 300 * 2**20, "include_dashboard": False, "log_to_driver": False}
     ray.init("local", num_cpus=options.cpus, **limits)
     ray.data.DataContext.get_current().enable_progress_bars = False
     try:
-        rates = table({number: ["ingest"] for number in options.images}, home / "ingest", options.cpus)
-        rates |= table(
-            {number: ["ingest", "tokenize", "score"] for number in options.model_images}, home / "all", options.cpus
-        )
+        rates = table({number: ["ingest"] for number in options.images}, home / "ingest", options.cpus, options.side)
+        sizes = {number: ["ingest", "tokenize", "score"] for number in options.model_images}
+        rates |= table(sizes, home / "all", options.cpus, options.side)
         files = home / "ingest" / str(options.images[0]) / "images"
         made = home / "all" / str(options.model_images[-1]) / "ingest" / "table"
         loops = {"ingest": loop_ingest(files, options.cpus)}
@@ -192,19 +193,19 @@ def main() -> None:
         print("\n| stage | plain loop, images/s | the stage against it |\n|---|---|---|")
         for stage, rate in loops.items():
             print(f"| {stage} | {rate:.0f} | {rates[stage] / rate:.2f} |")
-        print(f"\n{options.cpus} CPUs, {SIZE} px, starter, batches of {BATCH}, files of {ROWS} images")
+        print(f"\n{options.cpus} CPUs, {options.side} to {SIZE} px, starter, batches of {BATCH}, files of {ROWS} images")
     finally:
         ray.shutdown()
         shutil.rmtree(home)
 
 
-def table(sizes: dict[int, list[str]], home: Path, cpus: int) -> dict[str, float]:
+def table(sizes: dict[int, list[str]], home: Path, cpus: int, side: int) -> dict[str, float]:
     """Print a row a stage and size; returns the last images/s of each stage but those that only lead to others."""
     print("\n| images | stage | s | more images/s | peak GB |\n|---|---|---|---|---|", flush=True)
     rates: dict[str, float] = {}
     before: dict[str, tuple[int, float]] = {}
     for number, stages in sizes.items():
-        for stage, (seconds, peak_gb) in measure(home / str(number), number, stages, cpus).items():
+        for stage, (seconds, peak_gb) in measure(home / str(number), number, stages, cpus, side).items():
             less, earlier = before.get(stage, (0, 0.0))
             rates[stage] = (number - less) / (seconds - earlier)
             shown = f"{rates[stage]:.0f}" if less else "-"
