@@ -193,7 +193,7 @@ def main() -> None:
         print("\n| stage | plain loop, images/s | the stage against it |\n|---|---|---|")
         for stage, rate in loops.items():
             print(f"| {stage} | {rate:.0f} | {rates[stage] / rate:.2f} |")
-        print(f"\n{options.cpus} CPUs, {options.side} to {SIZE} px, starter, batches of {BATCH}, files of {ROWS} images")
+        print(f"\n{options.cpus} CPUs, {options.side} to {SIZE} px, batches of {BATCH}, files of {ROWS} images")
     finally:
         ray.shutdown()
         shutil.rmtree(home)
