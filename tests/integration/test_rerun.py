@@ -161,7 +161,7 @@ def test_another_champion(finished: Workspace, similar: Night) -> None:
 
     planned = alit("plan", *similar.arguments)  # the weights of version 1 again
     states = dict(re.findall(r"^(\S+) +[0-9a-f]{16} +(\w+)", planned.out, re.MULTILINE))
-    assert {name for name, state in states.items() if state == "run"} == {"drift", "publish"}
+    assert {name for name, state in states.items() if state == "run"} == {"drift", "report", "publish"}
 
     assert alit("rollback", *finished.arguments).code == 0
     assert aliases(finished) == {"champion": version, "challenger": 4}
