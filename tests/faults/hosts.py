@@ -32,7 +32,11 @@ HEALTH = {  # a dead host is noticed in about 5 s instead of 30
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "3",
 }
-PRIVATE = 'mount -t tmpfs tmpfs /tmp && mkdir -p "$HOME" && exec "$@"'  # in a mount namespace of its own
+# In a mount namespace of its own; a checkout that lies in /tmp stays where it is.
+PRIVATE = (
+    f'mount --bind "{ROOT}" /mnt && mount -t tmpfs tmpfs /tmp && mkdir -p "$HOME" "{ROOT}" && '
+    f'mount --move /mnt "{ROOT}" && cd "{ROOT}" && exec "$@"'
+)
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """Finetuning with its two players under DistributedDataParallel: two processes, gloo, one machine."""
 
+import os
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -60,7 +61,8 @@ def worker(rank: int, folder: str, images: torch.Tensor) -> None:
     share = images[rank * IMAGES // 2 : (rank + 1) * IMAGES // 2]
     train(made, DistributedDataParallel(made, find_unused_parameters=True), share)
     torch.save(made.state_dict(), f"{folder}/{rank}.pt")
-    distributed.destroy_process_group()
+    distributed.barrier()
+    os._exit(0)  # gloo's threads and the interpreter can wait for each other when both end
 
 
 @pytest.mark.slow
