@@ -24,6 +24,11 @@ def budgets_of(scores: ScoreTable) -> list[int]:
     return [int(budget) for budget in read_json(join(scores.uri, "budgets.json"))]
 
 
+def told_split(scores: ScoreTable) -> str:
+    """The split that its figures are about: "val", or "train" where nothing is held out."""
+    return str(scores.manifest.counts["split"])
+
+
 def precision_of(scores: ScoreTable) -> "Precision":
     """At which images were decoded for them: what is measured anew to lie beside them needs the same."""
     precision: Precision = scores.manifest.config.get("precision", "fp32")

@@ -73,9 +73,11 @@ def job(folder: Path) -> Job:
     return Job(stage="test", key="0", workspace="", output=str(folder), scratch=str(scratch))
 
 
-def finish(folder: Path, kind: type, *, stage: str = "test", config: Mapping | None = None) -> None:
+def finish(
+    folder: Path, kind: type, *, stage: str = "test", config: Mapping | None = None, counts: Mapping | None = None
+) -> None:
     """Write ``artifact.json``."""
-    manifest = Manifest(kind.schema, kind.version, stage, folder.name, {}, dict(config or {}), {})
+    manifest = Manifest(kind.schema, kind.version, stage, folder.name, {}, dict(config or {}), dict(counts or {}))
     (folder / MANIFEST).write_text(json.dumps(asdict(manifest)))
 
 
@@ -128,13 +130,14 @@ def score_table(
     number = len(next(iter(columns.values())))
     ids = ids or [f"{row:06d}" for row in range(number)]
     lists = {name: score_lists(values) for name, values in columns.items()}
-    table = pa.table({"image_id": list(ids), "split": list(split or ["val"] * number), **lists})
+    split = list(split or ["val"] * number)
+    table = pa.table({"image_id": list(ids), "split": split, **lists})
     write_files(folder, table, rows_per_file)
     (folder / "budgets.json").write_text(json.dumps([int(budget) for budget in budgets]))
     ways = {name: "higher" if name in LARGER_IS_BETTER else "lower" for name in columns} | dict(directions or {})
     told = {name: {"task": name.rpartition(".")[0], "direction": way, "missing": 0} for name, way in ways.items()}
     (folder / "metrics.json").write_text(json.dumps(told))
-    finish(folder, ScoreTable)
+    finish(folder, ScoreTable, counts={"split": "val" if "val" in split else "train"})
     return ScoreTable.open(str(folder))
 
 

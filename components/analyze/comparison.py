@@ -27,7 +27,7 @@ from components.artifacts import (
     read_table,
 )
 from components.config import NoConfig
-from components.scores import budgets_of, larger_is_better, score_files, values_of
+from components.scores import budgets_of, larger_is_better, score_files, told_split, values_of
 from components.tracking import Tracker
 
 DIFFERENCES = {"o": ("difference at the most", -0.12), "s": ("difference", 0.12)}  # mark: which, and where in its row
@@ -84,9 +84,8 @@ def _measured(config: CompareStageConfig, variant: Variant, inputs: Mapping[str,
     assert isinstance(scores, ScoreTable) and isinstance(counts, TokenCounts)
     assert isinstance(analysis, Analysis) and isinstance(tokenizer, Tokenizer)
     values: dict[str, np.ndarray] = {}
-    held_out = any(pc.any(pc.equal(table["split"], "val")).as_py() for _, table in score_files(scores, ["split"]))
     for _, table in score_files(scores, ["image_id", "split", config.column]):
-        rows = table.filter(pc.equal(table["split"], "val")) if held_out else table
+        rows = table.filter(pc.equal(table["split"], told_split(scores)))
         found = values_of(rows, config.column, len(budgets_of(scores))).astype(np.float64)
         whole = np.isfinite(found).all(axis=1)
         values |= {name: row for name, row, ok in zip(rows["image_id"].to_pylist(), found, whole, strict=True) if ok}

@@ -31,7 +31,7 @@ from components.artifacts import (
 )
 from components.mapping import part_names
 from components.rules import column, describe
-from components.scores import budgets_of, larger_is_better
+from components.scores import budgets_of, larger_is_better, told_split
 from components.task_config import TaskConfig
 
 
@@ -77,7 +77,7 @@ class Run:
     @property
     def split(self) -> str:
         """Of the images that the curves are about, as people call it."""
-        return "held-out" if self.scores.manifest.counts.get("split") == "val" else "training"
+        return "held-out" if told_split(self.scores) == "val" else "training"
 
     @property
     def artifacts(self) -> list[Artifact]:

@@ -32,7 +32,7 @@ from components.mapping import Mapping as TableMapping
 from components.mapping import Totals, map_table
 from components.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelVersion, aliases_of, copy_tokenizer, move_aliases
 from components.score.worker import Measuring, Order
-from components.scores import budgets_of, larger_is_better, score_files, values_of
+from components.scores import budgets_of, larger_is_better, score_files, told_split, values_of
 from components.task_config import ScoreStageConfig
 from components.tracking import Tracker
 
@@ -113,7 +113,7 @@ class _Trial:
     @property
     def split(self) -> str:
         """The held-out one, or train where none is held out."""
-        return str(self.scores.manifest.counts["split"])
+        return told_split(self.scores)
 
     def new_values(self) -> dict[str, float]:
         """Image -> the new model's value."""
