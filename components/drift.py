@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from io import BytesIO
 from typing import Any
 
 import numpy as np
@@ -15,10 +14,10 @@ from components.artifacts import (
     ScoreTable,
     TokenCounts,
     exists,
+    filesystem,
     finished,
     join,
     read_json,
-    write_bytes,
     write_json,
     write_table,
 )
@@ -88,8 +87,8 @@ def drift(
     told = {"drift": said, "images": new.images, "rows": [asdict(row) for row in rows], "how": HOW}
     write_json(join(job.output, "drift.json"), told)
     write_table(join(job.output, "table"), pa.Table.from_pylist([asdict(row) for row in rows], _schema()))
-    if reference and rows:
-        write_bytes(join(job.output, PICTURE), _drawn(reference["counts"], by_task, new))
+    if rows:
+        _draw(reference["counts"], by_task, new, join(job.output, PICTURE))
     write_json(join(job.output, "sections.json"), {"sections": [_section(said, new, rows)]})
     flags = sum(row.flagged for row in rows)
     return {"images": new.images, "flags": flags, "drift": said} | {f"psi.{row.name}": row.psi for row in rows}
@@ -177,24 +176,23 @@ def _schema() -> pa.Schema:
 def _section(said: str, new: _New, rows: Sequence[Row]) -> dict[str, Any]:
     """What a report shows (the contract of ``sections.json``: components/analyze/sections.py)."""
     flagged = any(row.flagged for row in rows)
+    finding = f"Flagged: {said}." if flagged else "Nothing is flagged." if said == NONE else f"{said.capitalize()}."
+    told = {
+        "id": "drift",
+        "title": "Drift",
+        "claim": "New images are like those that the model was trained on.",
+        "finding": finding,
+        "images": new.images,
+    }
+    if not rows:
+        return told
     alt = "Bars of the share of images at each token count, the training's beside the new ones'"
     caption = "Token counts of the training's images and of the new ones."
     columns = ("what", "new images", "mean", "the training's", "psi", "p", "")
     title = "New images beside those of the training"
-    return {
-        "id": "drift",
-        "title": "Drift",
-        "claim": "New images are like those that the model was trained on.",
-        "finding": f"Flagged: {said}."
-        if flagged
-        else "Nothing is flagged."
-        if said == NONE
-        else f"{said.capitalize()}.",
-        "images": new.images,
-        "figures": [{"file": PICTURE, "alt": alt, "caption": caption}] if rows else [],
-        "tables": [{"title": title, "columns": columns, "rows": [_cells(r) for r in rows], "note": HOW}]
-        if rows
-        else [],
+    return told | {
+        "figures": [{"file": PICTURE, "alt": alt, "caption": caption}],
+        "tables": [{"title": title, "columns": columns, "rows": [_cells(row) for row in rows], "note": HOW}],
     }
 
 
@@ -203,8 +201,8 @@ def _cells(row: Row) -> Sequence[str]:
     return (row.name, str(row.images), *means, f"{row.psi:.3f}", f"{row.p_value:.2g}", "flagged" if row.flagged else "")
 
 
-def _drawn(reference: Mapping[str, Any], counts: Mapping[str, TokenCounts], new: _New) -> bytes:
-    """Bars as PNG: which share of the images has each count, the training's beside the new ones', a panel a task."""
+def _draw(reference: Mapping[str, Any], counts: Mapping[str, TokenCounts], new: _New, uri: str) -> None:
+    """Bars: which share of the images has each count, the training's beside the new ones', a panel a task."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -220,6 +218,6 @@ def _drawn(reference: Mapping[str, Any], counts: Mapping[str, TokenCounts], new:
         axes.set_title(f"{task}: {known['rule']}", fontsize=8)
         axes.set_ylabel("share of images", fontsize=7)
         axes.legend(fontsize=7)
-    stream = BytesIO()
-    FigureCanvasAgg(figure).print_png(stream)
-    return stream.getvalue()
+    store, path = filesystem(uri)
+    with store.open_output_stream(path) as stream:
+        FigureCanvasAgg(figure).print_png(stream)
