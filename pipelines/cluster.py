@@ -168,9 +168,9 @@ def _problem_of_one(name: str, demand: Demand, kind: _Kind, largest: Mapping[str
     """A worker is on one node, however many there are."""
     each, most = getattr(demand, kind.demand) / demand.workers, kind.of(largest)
     if each > most + EPSILON:
-        advice = _advice(replace(demand, workers=1), kind, each, most).removesuffix(BIGGER)
+        advice = _advice(replace(demand, workers=1), kind, each, most, otherwise=LARGER)
         wanted = f"{each:g} {kind.unit} for one {demand.unit}"
-        yield f"{name} wants {wanted}, no node has more than {most:.4g}: {advice}{LARGER}"
+        yield f"{name} wants {wanted}, no node has more than {most:.4g}: {advice}"
 
 
 def _problem(stage: Stage, kind: _Kind, have: float) -> Iterator[str]:
@@ -183,12 +183,12 @@ def _problem(stage: Stage, kind: _Kind, have: float) -> Iterator[str]:
     sum_of = f"{units} {kind.unit}" + (f" + {data:g} for Ray Data" if data else "")
     plural = "" if kind.unit == "GiB" else "s"
     total = f" = {wanted + data:g} {kind.unit}{plural}" if data or demand.workers > 1 else ""
-    advice = _advice(demand, kind, wanted, have - data)
+    advice = _advice(demand, kind, wanted, have - data, otherwise=BIGGER)
     yield f"{stage.name} wants {sum_of}{total}, the cluster has {have:.4g}: {advice}"
 
 
-def _advice(demand: Demand, kind: _Kind, wanted: float, free: float) -> str:
-    """What would fit in ``free`` CPUs, GPUs or GiB."""
+def _advice(demand: Demand, kind: _Kind, wanted: float, free: float, *, otherwise: str) -> str:
+    """What would fit in ``free`` CPUs, GPUs or GiB, or else be done."""
     section = f"{demand.setting}." if demand.setting else ""
     each = wanted / demand.workers
     choices = []
@@ -196,4 +196,4 @@ def _advice(demand: Demand, kind: _Kind, wanted: float, free: float) -> str:
         choices.append(f"{section}{demand.unit}s={math.floor(free / each + EPSILON)}")
     if wanted and (share := math.floor(100 * free / demand.workers + EPSILON) / 100) > 0:
         choices.append(f"{section}{kind.setting}_per_{demand.unit}={share * kind.per_unit:.6g}")
-    return f"set {' or '.join(choices)}, or {BIGGER}" if choices else BIGGER
+    return f"set {' or '.join(choices)}, or {otherwise}" if choices else otherwise
