@@ -55,10 +55,10 @@ def _scale(rows: Tensor) -> Tensor:
 
 
 def prepare_for_inference(tokenizer: "AlitTokenizer", precision: Precision, device: str | torch.device = "cpu") -> None:
-    """Make ``tokenizer`` quick, in place, for ``device``, where it will be; from another precision than fp32 there is
-    no way back, so it is neither trained nor saved then.
+    """Make ``tokenizer`` quick, in place, for ``device``, where it will be.
 
-    Raises ValueError for another precision, or one that the device doesn't compute at.
+    There is no way back to fp32, so at another precision it is neither trained nor saved. Raises ValueError for one
+    that isn't known, or that the device doesn't compute at.
     """
     allowed = [one for one in PRECISIONS if one != "int8" or torch.device(device).type == "cpu"]
     if precision not in allowed:

@@ -93,7 +93,7 @@ class UpsampleConv(nn.Conv2d):
         height, width = x.shape[2:]
         padded = F.pad(x, (1, 1, 1, 1))
         parts = [
-            (row, column, F.conv2d(padded[:, :, row:, column:][:, :, : height + 1, : width + 1], kernel, self.bias))
+            (row, column, F.conv2d(padded[..., row : height + row + 1, column : width + column + 1], kernel, self.bias))
             for row, rows in enumerate(_shared(self.weight, 2))
             for column, kernel in enumerate(_shared(rows, 3))
         ]
