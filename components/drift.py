@@ -188,7 +188,7 @@ def _section(said: str, new: _New, rows: Sequence[Row]) -> dict[str, Any]:
         return told
     alt = "Bars of the share of images at each token count, the training's beside the new ones'"
     caption = "Token counts of the training's images and of the new ones."
-    columns = ("what", "new images", "mean", "the training's", "psi", "p", "")
+    columns = ("what", "new images", "mean", "the training's", "psi", "p", "flagged")
     title = "New images beside those of the training"
     return told | {
         "figures": [{"file": PICTURE, "alt": alt, "caption": caption}],
@@ -198,7 +198,14 @@ def _section(said: str, new: _New, rows: Sequence[Row]) -> dict[str, Any]:
 
 def _cells(row: Row) -> Sequence[str]:
     means = f"{row.mean:.4g}", f"{row.reference_mean:.4g}"
-    return (row.name, str(row.images), *means, f"{row.psi:.3f}", f"{row.p_value:.2g}", "flagged" if row.flagged else "")
+    return (
+        row.name,
+        str(row.images),
+        *means,
+        f"{row.psi:.3f}",
+        f"{row.p_value:.2g}",
+        "yes" if row.flagged else "no",
+    )
 
 
 def _draw(reference: Mapping[str, Any], counts: Mapping[str, TokenCounts], new: _New, uri: str) -> None:

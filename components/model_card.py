@@ -16,6 +16,11 @@ LIMITS = (  # one line: MLflow's page keeps line breaks
 )
 
 
+def choice_of(registered: Sequence[str], budgets: Sequence[int]) -> str:
+    """Parameters of a prediction, as Python: the first rule that went in with the weights, else the most tokens."""
+    return f'{{"rule": "{registered[0]}"}}' if registered else f'{{"num_tokens": {budgets[-1]}}}'
+
+
 @dataclass(frozen=True)
 class Card:
     """What the card is about."""
@@ -74,13 +79,13 @@ class Card:
         return "## Rules\n\n" + _table(head, rows)
 
     def _use(self) -> str:
-        most = budgets_of(self.scores)[-1]
-        choice = f'"rule": "{self.registered[0]}"' if self.registered else f'"num_tokens": {most}'
+        budgets = budgets_of(self.scores)
+        most = budgets[-1]
         return (
             "## How to load it\n\n```python\nimport mlflow, pandas as pd\n\n"
             f'model = mlflow.pyfunc.load_model("models:/{self.name}@champion")  # or /{self.name}/VERSION\n'
             'images = pd.DataFrame({"image": [open("photo.jpg", "rb").read()]})\n'
-            f"tokens = model.predict(images, params={{{choice}}})\n"
+            f"tokens = model.predict(images, params={choice_of(self.registered, budgets)})\n"
             f'pictures = model.predict(images, params={{"num_tokens": {most}, "output": "images"}})  # base64 PNG\n```'
         )
 

@@ -30,7 +30,8 @@ def build(config: RerunConfig) -> Pipeline:
     stages = [_ingest(config), _model(found), *judges]
     stages += [tokenize_stage(config, tokenizer), score_stage(config, tokenizer)]
     stages += [*stages_from_scores(config, tokenizer), *_drift(config, found)]
-    stages.append(report_stage(config, tokenizer, f"{found.model.name}, version {found.model.version}", stages))
+    model = found.model
+    stages.append(report_stage(config, tokenizer, stages, model_name=model.name, version=model.version))
     publish = _publish(config, found)
     stages.append(replace(publish, needs=published(config, tokenizer, stages)))
     version = f"{config.model} is version {found.model.version}, weights {found.digest[:12]}, in {redact(registry)}"

@@ -34,7 +34,7 @@ def build(config: RunConfig) -> Pipeline:
     stages = [ingest_stage(config), *training, tokenize_stage(config, tokenizer)]
     stages += [*judge_stages(config), score_stage(config, tokenizer), *stages_from_scores(config, tokenizer)]
     stages += analyzing_stages(config, tokenizer)
-    stages.append(report_stage(config, tokenizer, config.publish.model_name, stages))
+    stages.append(report_stage(config, tokenizer, stages, model_name=config.publish.model_name))
     return Pipeline("train", (*stages, _publish(config, published(config, tokenizer, stages)), _promote(config)))
 
 

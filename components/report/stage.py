@@ -7,11 +7,13 @@ from markupsafe import Markup
 
 from components.artifacts import Artifact, CodeBook, Figures, ImageSet, Job, ScoreTable, Tokenizer, join, write_bytes
 from components.config import ReportResources, ReportStageConfig
+from components.model_card import choice_of
 from components.report import content
 from components.report.examples import KINDS, data_uri, examples_of, rejected_of
 from components.report.plots import draw_bars, draw_curve, draw_histogram
 from components.report.read import Run
 from components.report.timing import gantt
+from components.rules import serves_alone
 from components.tracking import redact
 
 PAGE = "report.html"
@@ -42,9 +44,11 @@ def _content(run: Run, config: ReportStageConfig, resources: ReportResources, jo
     settings = redact(resources.run_config)
     examples = examples_of(run, config.settings.examples, job.progress)
     return {
-        "model_name": config.model_name,
+        "model": config.model,
+        "model_uri": config.model_uri,
+        "choice": choice_of([task.name for task in run.tasks if serves_alone(task.config.rule)], run.budgets),
         "run": run,
-        "headline": content.headline(run, config.model_name),
+        "headline": content.headline(run, config.model),
         "kinds": list(KINDS),
         "examples": examples,
         "example_metric": content.metric_label(run.shown.column),
@@ -66,7 +70,7 @@ def _content(run: Run, config: ReportStageConfig, resources: ReportResources, jo
         "sizes_svg": draw_bars(content.sizes_of(run.shown), unit="bits a mean image") if run.shown.sizes else None,
         "sections": content.sections_of(run),
         "gantt": gantt(run.artifacts),
-        "lineage": content.lineage_tables(run, config.model_name),
+        "lineage": content.lineage_tables(run, config.model),
         "settings": settings,
         "settings_uri": data_uri(settings.encode(), "application/yaml"),
     }

@@ -127,6 +127,7 @@ def test_drift_is_seen_and_no_more_than_that(finished: Workspace, similar: Night
     assert page.code == 0 and f"report      {page.out.strip()}" in noise.second.out
     shown = Path(page.out.strip()).read_text()
     assert ">Drift<" in shown and "Flagged: " in shown and "alit-demo, version 1" in shown
+    assert '"models:/alit-demo/1"' in shown
 
 
 def test_another_champion(finished: Workspace, similar: Night) -> None:
