@@ -23,9 +23,7 @@ from tests.faults.nodes import RAY, Run
 from tests.integration.conftest import ALIT, ROOT, Result, environment
 from tests.s3_server import KEYS, reset
 
-NETWORK, PORT = "10.78.0", 6379
-OUTSIDE = f"{NETWORK}.254"  # the bridge: where S3 and MLflow are
-BRIDGE, PREFIX = "alitbr", "alith"
+PORT, MLFLOW_PORT = 6379, 5599
 HEALTH = {  # a dead host is noticed in about 5 s instead of 30
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
@@ -39,10 +37,49 @@ PRIVATE = (
 )
 
 
+@dataclass(frozen=True)
+class Network:
+    """A bridge and a network namespace per host; names and addresses bear the network's number, 0 to 255."""
+
+    number: int
+
+    @property
+    def bridge(self) -> str:
+        return f"alitbr{self.number}"
+
+    @property
+    def outside(self) -> str:
+        """The bridge's address: where S3 and MLflow are."""
+        return f"10.78.{self.number}.254"
+
+    def namespace(self, host: int) -> str:
+        return f"alit{self.number}h{host}"
+
+    def address(self, host: int) -> str:
+        return f"10.78.{self.number}.{host + 1}"
+
+    def inside(self, host: int, command: list[str]) -> list[str]:
+        """``command`` in the network of a host."""
+        return ["ip", "netns", "exec", self.namespace(host), *command]
+
+    def processes(self, host: int) -> list[psutil.Process]:
+        """What runs in the network of a host."""
+        command = ["ip", "netns", "pids", self.namespace(host)]
+        listed = subprocess.run(command, capture_output=True, text=True, check=False)
+        found = []
+        for pid in listed.stdout.split():
+            try:
+                found.append(psutil.Process(int(pid)))
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+
 @dataclass
 class Hosts:
     """A head and workers, with one CPU each."""
 
+    network: Network
     folder: Path
     variables: dict[str, str]
     nodes: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
@@ -54,16 +91,16 @@ class Hosts:
 
     def start(self, number: int) -> None:
         """Ray on host ``number``; 0 is the head."""
-        place = [f"--address={address(0)}:{PORT}"]
+        place = [f"--address={self.network.address(0)}:{PORT}"]
         if number == 0:
             place = ["--head", f"--port={PORT}", "--include-dashboard=false"]
         options = ["--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
-        command = [RAY, "start", *place, f"--node-ip-address={address(number)}", *options]
+        command = [RAY, "start", *place, f"--node-ip-address={self.network.address(number)}", *options]
         # A user namespace isn't needed, we are root; a mount namespace hides what other hosts write.
         inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c", PRIVATE, "sh", *command]
         with (self.folder / f"host{number}.log").open("ab") as log:
             self.nodes[number] = subprocess.Popen(
-                in_network(number, inside), stdout=log, stderr=log, env=self.variables, start_new_session=True
+                self.network.inside(number, inside), stdout=log, stderr=log, env=self.variables, start_new_session=True
             )
 
     def run(self, arguments: list[str], log: Path) -> Run:
@@ -89,7 +126,7 @@ class Hosts:
 
     def _entered(self, command: list[str]) -> list[str]:
         """``command`` where the head is: in its network, and with its /tmp."""
-        raylet = next(p for p in processes_of(0) if p.name() == "raylet")
+        raylet = next(p for p in self.network.processes(0) if p.name() == "raylet")
         return ["nsenter", f"--target={raylet.pid}", "--net", "--mount", f"--wd={ROOT}", *command]
 
     def wait_for_nodes(self, number: int) -> None:
@@ -97,7 +134,7 @@ class Hosts:
         deadline = time.monotonic() + 300
         while True:
             status = subprocess.run(
-                in_network(0, [RAY, "status", f"--address={address(0)}:{PORT}"]),
+                self.network.inside(0, [RAY, "status", f"--address={self.network.address(0)}:{PORT}"]),
                 env=self.variables,
                 capture_output=True,
                 text=True,
@@ -110,56 +147,35 @@ class Hosts:
                 raise AssertionError(status.stdout + status.stderr + logs)
             time.sleep(1)
 
+    def working(self, number: int, name: str) -> bool:
+        """Whether a Ray process of a host calls itself ``name``."""
+        for process in self.network.processes(number):
+            try:
+                if process.cmdline() and process.cmdline()[0].startswith(name):
+                    return True
+            except psutil.Error:
+                continue
+        return False
+
     def kill(self, number: int) -> None:
         """Every process of a host at once, as when its power goes."""
-        for process in processes_of(number):
+        for process in self.network.processes(number):
             process.send_signal(signal.SIGKILL)
         self.nodes.pop(number).wait()
-
-
-def address(number: int) -> str:
-    return f"{NETWORK}.{number + 1}"
-
-
-def in_network(number: int, command: list[str]) -> list[str]:
-    return ["ip", "netns", "exec", f"{PREFIX}{number}", *command]
-
-
-def processes_of(number: int) -> list[psutil.Process]:
-    """What runs in the network of a host."""
-    listed = subprocess.run(["ip", "netns", "pids", f"{PREFIX}{number}"], capture_output=True, text=True, check=False)
-    found = []
-    for pid in listed.stdout.split():
-        try:
-            found.append(psutil.Process(int(pid)))
-        except psutil.NoSuchProcess:
-            continue
-    return found
-
-
-def working(number: int, name: str) -> bool:
-    """Whether a Ray process of a host calls itself ``name``."""
-    for process in processes_of(number):
-        try:
-            if process.cmdline() and process.cmdline()[0].startswith(name):
-                return True
-        except psutil.Error:
-            continue
-    return False
 
 
 @contextmanager
 def hosts(workers: int, folder: Path) -> Iterator[Hosts]:
     """A head and ``workers`` more, an S3 API and an MLflow server; all gone at the end."""
     with ExitStack() as stack:
-        stack.enter_context(_network(workers + 1))
-        server = ThreadedMotoServer(ip_address=OUTSIDE, port=0, verbose=False)
+        network = stack.enter_context(_network(workers + 1))
+        server = ThreadedMotoServer(ip_address=network.outside, port=0, verbose=False)
         server.start()
         stack.callback(server.stop)
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
         reset(endpoint)
-        made = Hosts(folder, _variables(folder, endpoint))
-        stack.enter_context(_mlflow(folder, made.variables["MLFLOW_TRACKING_URI"]))
+        made = Hosts(network, folder, _variables(network, folder, endpoint))
+        stack.enter_context(_mlflow(folder, network.outside))
         stack.callback(_stop, made)
         for number in range(workers + 1):
             made.start(number)
@@ -167,16 +183,16 @@ def hosts(workers: int, folder: Path) -> Iterator[Hosts]:
         yield made
 
 
-def _variables(folder: Path, endpoint: str) -> dict[str, str]:
+def _variables(network: Network, folder: Path, endpoint: str) -> dict[str, str]:
     mine = environment() | KEYS | HEALTH
     return mine | {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_REGION": "us-east-1",
         "HOME": "/tmp/home",  # each host's own
-        "MLFLOW_TRACKING_URI": f"http://{OUTSIDE}:5599",
+        "MLFLOW_TRACKING_URI": f"http://{network.outside}:{MLFLOW_PORT}",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{mine['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "RAY_ADDRESS": f"{address(0)}:{PORT}",
+        "RAY_ADDRESS": f"{network.address(0)}:{PORT}",
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "GLOO_SOCKET_IFNAME": "eth0",
@@ -185,25 +201,39 @@ def _variables(folder: Path, endpoint: str) -> dict[str, str]:
 
 
 @contextmanager
-def _network(number: int) -> Iterator[None]:
-    _ip("link", "add", BRIDGE, "type", "bridge")
+def _network(size: int) -> Iterator[Network]:
+    network = _bridged()
     try:
-        _ip("addr", "add", f"{OUTSIDE}/24", "dev", BRIDGE)
-        _ip("link", "set", BRIDGE, "up")
-        for host in range(number):
-            name = f"{PREFIX}{host}"
+        _ip("addr", "add", f"{network.outside}/24", "dev", network.bridge)
+        _ip("link", "set", network.bridge, "up")
+        for host in range(size):
+            name, link = network.namespace(host), f"v{network.namespace(host)}"
             _ip("netns", "add", name)
-            _ip("link", "add", f"v{name}", "type", "veth", "peer", "name", "eth0", "netns", name)
-            _ip("link", "set", f"v{name}", "master", BRIDGE, "up")
-            _ip("-n", name, "addr", "add", f"{address(host)}/24", "dev", "eth0")
+            _ip("link", "add", link, "type", "veth", "peer", "name", "eth0", "netns", name)
+            _ip("link", "set", link, "master", network.bridge, "up")
+            _ip("-n", name, "addr", "add", f"{network.address(host)}/24", "dev", "eth0")
             _ip("-n", name, "link", "set", "lo", "up")
             _ip("-n", name, "link", "set", "eth0", "up")
-            _ip("-n", name, "route", "add", "default", "via", OUTSIDE)  # Ray asks for its own address this way
-        yield
+            _ip("-n", name, "route", "add", "default", "via", network.outside)  # Ray asks for its own address this way
+        yield network
     finally:
-        for host in range(number):
-            subprocess.run(["ip", "netns", "del", f"{PREFIX}{host}"], capture_output=True, check=False)
-        _ip("link", "del", BRIDGE)
+        for host in range(size):
+            subprocess.run(["ip", "netns", "del", network.namespace(host)], capture_output=True, check=False)
+        _ip("link", "del", network.bridge)
+
+
+def _bridged() -> Network:
+    """The first number that is free gets its bridge; others may belong to a run beside this one, or to a killed one."""
+    for number in range(256):
+        network = Network(number)
+        made = subprocess.run(
+            ["ip", "link", "add", network.bridge, "type", "bridge"], capture_output=True, text=True, check=False
+        )
+        if made.returncode == 0:
+            return network
+        if "File exists" not in made.stderr:
+            break
+    raise OSError(f"no bridge for three hosts: {made.stderr.strip()}")
 
 
 def _ip(*arguments: str) -> None:
@@ -211,10 +241,10 @@ def _ip(*arguments: str) -> None:
 
 
 @contextmanager
-def _mlflow(folder: Path, uri: str) -> Iterator[None]:
-    host, port = uri.removeprefix("http://").split(":")
+def _mlflow(folder: Path, host: str) -> Iterator[None]:
     store = [f"--backend-store-uri=sqlite:///{folder}/mlflow.db", f"--artifacts-destination={folder}/files"]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", host, "--port", port, "--workers=1", *store]
+    where = ["--host", host, "--port", str(MLFLOW_PORT)]
+    command = [sys.executable, "-m", "mlflow", "server", *where, "--workers=1", *store]
     allowed = {"MLFLOW_SERVER_ALLOWED_HOSTS": f"{host}:*"}
     with (folder / "mlflow.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=environment() | allowed)

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from components import buckets
-from tests.faults.hosts import Hosts, hosts, names_in, working
+from tests.faults.hosts import Hosts, hosts, names_in
 from tests.faults.nodes import Run
 from tests.integration.conftest import SMALL, settings
 from tests.integration.test_s3_run import photographs
@@ -44,13 +44,13 @@ def test_three_hosts_without_a_common_folder_and_one_of_them_lost(
         point(monkeypatch, three.endpoint)
 
         train = three.run(run_of("s3://work/a", "--until", "distill"), tmp_path / "train.log")
-        wait_until(lambda: trainers() == 2, train)
+        wait_until(lambda: trainers(three) == 2, train)
         assert train.finish() == 0, train.said
 
         lost = three.run(run_of("s3://work/a"), tmp_path / "lost.log")
         lost.wait_for(r"tokenize +\d+ images +[2-9]/30 files")
-        wait_until(tokenizers, lost)  # on a busy machine the head's has begun before the others are up
-        victim = tokenizers()[0]
+        wait_until(lambda: tokenizers(three), lost)  # on a busy machine the head's has begun before the others are up
+        victim = tokenizers(three)[0]
         three.kill(victim)
         assert lost.finish() == 0, lost.said
         assert table(client, "s3://work/a", "tokenize").num_rows == IMAGES
@@ -76,14 +76,14 @@ def run_of(workspace: str, *more: str) -> list[str]:
     return ["demo", *settings(f"workspace={workspace}", *VALUES), *more]
 
 
-def trainers() -> int:
+def trainers(three: Hosts) -> int:
     """Hosts with a training worker."""
-    return sum(working(number, "ray::RayTrainWorker") for number in range(3))
+    return sum(three.working(number, "ray::RayTrainWorker") for number in range(3))
 
 
-def tokenizers() -> list[int]:
+def tokenizers(three: Hosts) -> list[int]:
     """Hosts but the head that have an actor of tokenize."""
-    return [number for number in (1, 2) if working(number, "ray::MapWorker")]
+    return [number for number in (1, 2) if three.working(number, "ray::MapWorker")]
 
 
 def wait_until(true: Any, run: Run) -> None:
