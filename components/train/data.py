@@ -1,12 +1,12 @@
-"""Training batches from Ray Data shards of an ImageSet.
+"""Training batches from an ImageSet: kept in each worker's memory, or streamed from Ray Data.
 
 Legend: B images a step over all workers, b = this worker's share of them, N images in the train split.
 """
 
 import heapq
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -93,22 +93,19 @@ def label_names(images: ImageSet) -> tuple[str, ...]:
     return tuple(sorted(names))
 
 
-def train_dataset(table_uri: str, counts: Mapping[str, int], decode: Decode, tasks: int) -> "ray.data.Dataset":
-    """The train split as a lazy Ray dataset of what ``decode`` makes, ``tasks`` files of the table at once.
+def read_train(images: ImageSet, decode: Decode, threads: int) -> dict[str, np.ndarray]:
+    """The train split whole, by image_id, ``threads`` files of the table at once."""
+    store, folder = filesystem(images.table_uri)
 
-    The tasks ask for no CPU: workers that hold all of them would never see an image.
-    """
-    import ray.data
+    def read(name: str) -> dict[str, Any] | None:
+        rows = decode.rows(pq.read_table(f"{folder}/{name}", filesystem=store, columns=decode.columns), "train")
+        return decode(rows) if len(rows) else None
 
-    names = [{"name": name} for name, count in counts.items() if count]
-    files = ray.data.from_items(names, override_num_blocks=len(names))
-    return files.map_batches(partial(_read_train, table_uri, decode), batch_size=1, num_cpus=0, concurrency=tasks)
-
-
-def _read_train(table_uri: str, decode: Decode, batch: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    store, folder = filesystem(table_uri)
-    table = pq.read_table(f"{folder}/{batch['name'][0]}", filesystem=store, columns=decode.columns)
-    return decode(decode.rows(table, "train"))
+    with ThreadPoolExecutor(threads) as pool:
+        parts = [part for part in pool.map(read, part_names(images.table_uri)) if part]
+    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    order = np.argsort(columns["image_id"].astype(str))
+    return {name: values[order] for name, values in columns.items()}
 
 
 def held_out(images: ImageSet, limit: int, decode: Decode, share: Share | None = None) -> Batch:
@@ -146,17 +143,14 @@ def _batch(block: Mapping[str, np.ndarray]) -> Batch:
 
 
 class CachedBatches:
-    """A train split that fits in memory, read once; every batch follows from the seed and the step alone.
+    """A train split in memory, from :func:`read_train`; every batch follows from the seed and the step alone.
 
     So a run that is broken off and gone on with sees the same batches, and so does one on another number of workers.
     """
 
-    def __init__(self, shard: "ray.data.DataIterator", *, share: Share, seed: int) -> None:
-        blocks = list(shard.iter_batches(batch_size=512, prefetch_batches=1))
-        columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-        order = np.argsort(columns["image_id"].astype(str))
-        self._whole = _batch({name: values[order] for name, values in columns.items()})
-        self._number, self._share, self._seed = len(order), share, seed
+    def __init__(self, split: Mapping[str, np.ndarray], *, share: Share, seed: int) -> None:
+        self._whole = _batch(split)
+        self._number, self._share, self._seed = len(split["image_id"]), share, seed
 
     def at(self, step: int) -> Batch:
         """This worker's share of batch ``step``; each epoch is a new permutation, its incomplete last batch dropped."""

@@ -5,7 +5,7 @@ from typing import Any
 
 from components.images import Share
 from components.train.checkpoints import Checkpoints
-from components.train.data import SHARD, Batches, CachedBatches, StreamedBatches, held_out
+from components.train.data import SHARD, Batches, CachedBatches, StreamedBatches, held_out, read_train
 from components.train.journal import Journal, out_of_memory
 from components.train.learner import Diverged, Learner, TrainRun
 from components.train.parallel import Place
@@ -62,11 +62,11 @@ def _resume(learner: Learner, checkpoints: Checkpoints) -> bool:
 def _batches(run: TrainRun, learner: Learner) -> Batches:
     import ray.train
 
-    shard = ray.train.get_dataset_shard(SHARD)
     if run.order is None:
-        return CachedBatches(shard, share=learner.share, seed=run.config.train.seed)
+        split = read_train(run.images, run.decode, run.resources.data_tasks)
+        return CachedBatches(split, share=learner.share, seed=run.config.train.seed)
     order = run.order.on(learner.place.world)
-    return StreamedBatches(shard, share=learner.share, skip=order.skip(learner.steps_done))
+    return StreamedBatches(ray.train.get_dataset_shard(SHARD), share=learner.share, skip=order.skip(learner.steps_done))
 
 
 def _steps(run: TrainRun, learner: Learner, batches: Batches, checkpoints: Checkpoints) -> None:

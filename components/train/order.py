@@ -135,6 +135,19 @@ def _reader(order: EpochOrder, part: Part) -> Callable[[], list[pa.Table]]:
     return lambda: [order.read(part)]
 
 
+def streamed(order: EpochOrder, first_step: int, tasks: int) -> "ray.data.Dataset":
+    """The decoded images of the parts in turn, lazily, ``tasks`` parts at once.
+
+    The tasks ask for no CPU: workers that hold all of them would never see an image.
+    """
+    import ray.data
+
+    limits: Any = {"num_cpus": 0, "concurrency": tasks}
+    # More blocks than one would cut parts in pieces.
+    rows = ray.data.read_datasource(Epochs(order, first_step), override_num_blocks=1, **limits)
+    return rows.map_batches(order.decode, batch_format="pyarrow", batch_size=None, **limits)
+
+
 class InOrder(DataConfig):
     """Hands each worker its parts in their order, on however many workers there are, from the newest checkpoint on."""
 
@@ -151,15 +164,9 @@ class InOrder(DataConfig):
         **_: Any,
     ) -> "list[dict[str, ray.data.DataIterator]]":
         """Called by Ray Train whenever a group of workers starts."""
-        import ray.data
-
         output: list[dict[str, Any]] = [{} for _ in range(world_size)]
         for name in datasets:
-            epochs = Epochs(self._order.on(world_size), self._first_step())
-            # More blocks than one would cut parts in pieces; CPUs asked for here, workers may hold already.
-            limits: Any = {"num_cpus": 0, "concurrency": self._tasks}
-            rows = ray.data.read_datasource(epochs, override_num_blocks=1, **limits)
-            images = rows.map_batches(self._order.decode, batch_format="pyarrow", batch_size=None, **limits)
+            images = streamed(self._order.on(world_size), self._first_step(), self._tasks)
             options = self._resolve_execution_options(name)
             options.preserve_order = True
             images.context.execution_options = options

@@ -82,7 +82,7 @@ def train(
     figures: Figures = {"steps": run.num_steps, "train_images": number}
     if not run.num_steps:
         return figures | _take_over(job, run)
-    _fit(job, run, counts)
+    _fit(job, run)
     return figures | _save(job, run)
 
 
@@ -100,14 +100,14 @@ def _take_over(job: Job, run: "TrainRun") -> Figures:
     return {name.removeprefix("val/"): value for name, value in figures.items()}
 
 
-def _fit(job: Job, run: "TrainRun", counts: Mapping[str, int]) -> None:
+def _fit(job: Job, run: "TrainRun") -> None:
     """Raises FloatingPointError for a training that diverged."""
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig
 
-    from components.train.data import SHARD, train_dataset
+    from components.train.data import SHARD
     from components.train.loop import train_loop
-    from components.train.order import InOrder
+    from components.train.order import InOrder, streamed
     from components.train.trainer import Trainer
 
     resources = run.resources
@@ -117,14 +117,14 @@ def _fit(job: Job, run: "TrainRun", counts: Mapping[str, int]) -> None:
     if resources.memory_mb_per_worker:
         per_worker["memory"] = resources.memory_mb_per_worker << 20  # bytes
     span = resources.worker_range
-    first_step = partial(_newest_step, run.checkpoints)
+    ingest: dict[str, Any] = {}
+    if run.order is not None:
+        in_order = InOrder(run.order, partial(_newest_step, run.checkpoints), resources.data_tasks)
+        ingest = {"datasets": {SHARD: streamed(run.order, 0, resources.data_tasks)}, "dataset_config": in_order}
     trainer = Trainer(
         train_loop,
         train_loop_config={"run": run},
-        datasets={SHARD: train_dataset(run.images.table_uri, counts, run.decode, resources.data_tasks)},
-        dataset_config=DataConfig(datasets_to_split=[])
-        if run.order is None
-        else InOrder(run.order, first_step, resources.data_tasks),
+        **ingest,
         torch_config=TorchConfig(timeout_s=int(resources.stall_s)),
         scaling_config=ScalingConfig(
             num_workers=span.max if span.min == span.max else (span.min, span.max),

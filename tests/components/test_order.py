@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from components.artifacts import IMAGES_SCHEMA, ImageSet
-from components.images import encode_png
-from components.train.data import Decode, count_train, held_out
+from components.images import encode_png, stack
+from components.train.data import Decode, count_train, held_out, read_train
 from components.train.order import EpochOrder, Part
 
 SIDE = 16
@@ -67,6 +67,14 @@ def batches(plan: EpochOrder, epoch: int, first_step: int = 0) -> list[list[list
 
 def test_the_counts_are_those_of_the_train_split(images: ImageSet) -> None:
     assert tuple(count_train(images, Decode()).values()) == FILES
+
+
+def test_a_split_that_is_kept_is_the_whole_train_split_by_id(images: ImageSet) -> None:
+    rows = pq.read_table(images.table_uri).to_pandas().query("split == 'train'").sort_values("image_id")
+    for threads in (1, 4):
+        split = read_train(images, Decode(), threads)
+        assert split["image_id"].tolist() == rows["image_id"].tolist()
+        assert np.array_equal(split["image"], stack(rows["image"].tolist()))
 
 
 @settings(max_examples=25, deadline=None)
