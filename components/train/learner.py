@@ -111,7 +111,8 @@ class Learner:
         self.objective: Objective = RECIPES[run.recipe].build(run.config, run.inputs, run.resources.start)
         self.objective.to(place.device).average = place.mean
         self.resting: tuple[str, ...] | None = None
-        self.steps_done = self.skipped = self.skipped_in_a_row = 0
+        self.steps_done = 0
+        self.skips = torch.zeros(2, dtype=torch.int64, device=place.device)  # in all, in a row; read when asked for
         self.metrics: dict[str, float] = {}
         self.model: nn.Module = self.objective
         self._seat()
@@ -186,7 +187,7 @@ class Learner:
             pixels = to_float(pixels)
         if train.recolour:
             pixels = recolour(pixels, part=train.recolour, generator=generator, share=self.share)
-        targets = {name: values.to(self.place.device) for name, values in batch.targets.items()}
+        targets = {name: values.to(self.place.device, non_blocking=True) for name, values in batch.targets.items()}
         for rows in torch.arange(len(pixels)).tensor_split(self._num_passes()):
             part = slice(int(rows[0]), int(rows[-1]) + 1)
             yield pixels[part], {name: values[part] for name, values in targets.items()}
@@ -205,19 +206,26 @@ class Learner:
             return self.model(pixels, generator, turn)
 
     def _update(self, player: Player) -> Tensor:
-        """Clip and step, or skip the step where the gradient is not finite, which all workers see alike."""
+        """Clip and step, or skip the step where the gradient is not finite, which all workers see alike.
+
+        The device decides, as it does under a gradient scaler, and the host doesn't wait for it.
+        """
         player.scaler.unscale_(player.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(player.parameters.values(), player.config.clip_norm)
         norm = gathered(norm.detach())
         for group in player.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps_done, self.run.num_steps, player.config, self.share.of)
-        if bool(torch.isfinite(norm)):
-            player.scaler.step(player.optimizer)
-            self.skipped_in_a_row = 0
-        else:
-            self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        bad = ~torch.isfinite(norm)
+        player.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        player.optimizer.step()
         player.scaler.update()
+        self.skips = torch.stack((self.skips[0] + bad, (self.skips[1] + 1) * bad))
         return norm
+
+    @property
+    def skipped(self) -> int:
+        """Steps without a finite gradient so far; waits for the device."""
+        return int(self.skips[0])
 
     def told(self, outcome: Outcome) -> dict[str, float]:
         """The step's numbers over the whole batch; all workers call this, and wait for their device."""
@@ -227,13 +235,14 @@ class Learner:
         return dict(zip(names, means.tolist(), strict=True))
 
     def check_finite(self, outcome: Outcome) -> None:
-        """Raises Diverged, on all workers alike, when too many steps in a row were skipped."""
-        if self.skipped_in_a_row <= self.run.resources.max_skipped:
+        """Raises Diverged, on all workers alike, when too many steps in a row were skipped; waits for the device."""
+        in_a_row = int(self.skips[1])
+        if in_a_row <= self.run.resources.max_skipped:
             return
         total = float(outcome.values["loss"])
         ranks = [rank for rank, value in enumerate(self.place.gather(total)) if not math.isfinite(value)]
         raise Diverged(
-            f"no finite gradient in {self.skipped_in_a_row} steps in a row, up to step {self.steps_done}; the loss "
+            f"no finite gradient in {in_a_row} steps in a row, up to step {self.steps_done}; the loss "
             f"itself is not finite on {f'ranks {ranks}' if ranks else 'no rank'}"
         )
 
@@ -276,7 +285,7 @@ class Learner:
         return {
             "health": None if health is None else health.state_dict(),
             "steps_done": self.steps_done,
-            "skipped": [self.skipped, self.skipped_in_a_row],
+            "skipped": self.skips,
             "players": {name: player.state() for name, player in self.players.items()},
             "average": gathered(self.average.values),
             "buffers": self._own_buffers(),
@@ -286,7 +295,7 @@ class Learner:
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``."""
         self.steps_done = state["steps_done"]
-        self.skipped, self.skipped_in_a_row = state["skipped"]
+        self.skips = torch.as_tensor(state["skipped"], device=self.place.device)
         for name, player in self.players.items():
             player.load(state["players"][name])
         self.average.load(state["average"])

@@ -84,8 +84,9 @@ def _steps(run: TrainRun, learner: Learner, batches: Batches, checkpoints: Check
         journal.data_came()
         outcome = learner.step(batch)
         journal.stepped(outcome)
-        learner.check_finite(outcome)
         step, last = learner.steps_done, learner.steps_done == run.num_steps
+        if last or step % resources.log_every == 0:
+            learner.check_finite(outcome)
         if last or step % resources.eval_every == 0:
             began = time.monotonic()
             number = resources.pictures if place.leads or resources.strategy == "fsdp" else 0
