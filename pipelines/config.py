@@ -314,14 +314,15 @@ def _child(place: Any, name: str, text: str) -> Any:
 
 def _with_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The config with local files as absolute paths: workers have another working directory."""
-    made = dict(raw)
+    made = _with_path(raw, "quality", "inception")
     data, tasks = raw.get("data"), raw.get("tasks")
     source = data.get("source") if isinstance(data, dict) else None
     if isinstance(data, dict) and isinstance(source, str) and source != DEMO and "://" not in source:
         made["data"] = {**data, "source": absolute(source)}
-    quality = raw.get("quality")
-    if isinstance(quality, dict) and isinstance(quality.get("inception"), str):
-        made["quality"] = {**quality, "inception": absolute(quality["inception"])}
+    training = raw.get("training")
+    objective = training.get("finetune_objective") if isinstance(training, dict) else None
+    if isinstance(training, dict) and isinstance(objective, dict):
+        made["training"] = {**training, "finetune_objective": _with_path(objective, "perceptual", "weights")}
     analyze = raw.get("analyze")
     if isinstance(analyze, dict):
         made["analyze"] = with_analysis_paths(analyze)
@@ -336,10 +337,15 @@ def _with_task_paths(task: Mapping[str, Any]) -> dict[str, Any]:
     if kind in ("torchscript", "onnx"):
         made["judge"] = f"{kind}:{absolute(place)}"
     for section, name in (("judge_options", "classes"), ("perceptual", "weights")):
-        values = task.get(section)
-        if isinstance(values, dict) and isinstance(values.get(name), str):
-            made[section] = {**values, name: absolute(values[name])}
+        made = _with_path(made, section, name)
     return made
+
+
+def _with_path(raw: Mapping[str, Any], section: str, name: str) -> dict[str, Any]:
+    values = raw.get(section)
+    if isinstance(values, dict) and isinstance(values.get(name), str):
+        return {**raw, section: {**values, name: absolute(values[name])}}
+    return dict(raw)
 
 
 def _rerun(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from components.artifacts import join, read_bytes
@@ -124,10 +125,24 @@ def _finetune(config: RunConfig) -> list[Stage]:
         ),
         resources=training.resources(),
         needs={"images": "ingest", "distilled": "distill"},
+        fingerprint=_distance(training.finetune_objective.perceptual.weights),
         demand=training_demand(config),
         headline=("steps", f"perceptual@{smallest}", f"perceptual@{largest}"),
     )
     return [stage]
+
+
+def _distance(weights: str | None) -> dict[str, Any]:
+    """The file of a perceptual distance, by its content."""
+    if weights is None:
+        return {}
+    try:
+        return {"perceptual": hashlib.sha256(Path(weights).read_bytes()).hexdigest()}
+    except OSError as error:
+        raise ConfigError(
+            f"training.finetune_objective.perceptual.weights = {weights!r} can't be read: {error.strerror}; allowed "
+            "are a file that every node has, and kind efficientnet, whose weights come with the extra judges"
+        ) from error
 
 
 def _start(folder: str | None) -> dict[str, Any]:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from pipelines.config import PipelineConfig, RunConfig
+
 ROOT = Path(__file__).parents[2]
 INFRA = ROOT / "infra"
 SETTINGS: dict[str, str] = yaml.safe_load((INFRA / "kuberay/settings.yaml").read_text())["data"]
@@ -79,3 +81,9 @@ def readme_commands() -> Iterator[tuple[str, list[str]]]:
                     words = words[1:]
                 if words and words[0] in ("alit", "ray"):
                     yield str(readme.relative_to(ROOT)), words
+
+
+def without_files(config: PipelineConfig) -> list[str]:
+    """Settings that let ``config`` do without the weights that its cluster's nodes have."""
+    lpips = isinstance(config, RunConfig) and config.training.finetune_objective.perceptual.weights is not None
+    return ["training.finetune_objective.perceptual={kind: efficientnet}"] if lpips else []

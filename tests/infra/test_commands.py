@@ -14,7 +14,17 @@ import pytest
 
 from pipelines.cli import main
 from pipelines.config import load_config
-from tests.infra.files import AWS, COMPOSE, INFRA, RAY_OBJECTS, entrypoint_commands, expand, job_spec, readme_commands
+from tests.infra.files import (
+    AWS,
+    COMPOSE,
+    INFRA,
+    RAY_OBJECTS,
+    entrypoint_commands,
+    expand,
+    job_spec,
+    readme_commands,
+    without_files,
+)
 
 SYSTEMD = INFRA / "systemd"
 NIGHTLY = dict(
@@ -90,7 +100,7 @@ def test_the_run_can_be_planned(place: str, words: list[str], tmp_path: Path) ->
     config = load_config(words[2], overrides, folders_exist=False)
     assert "://" in config.workspace or Path(config.workspace).is_absolute()
     here = ["--set", "data.source=demo", "--set", "data.crops=4", "--set", f"workspace={tmp_path}/w"]
-    settings = [argument for text in overrides for argument in ("--set", text)]
+    settings = [argument for text in (*overrides, *without_files(config)) for argument in ("--set", text)]
     assert main(["plan", words[2], *settings, *here]) == 0
 
 

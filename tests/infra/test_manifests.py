@@ -28,6 +28,7 @@ from tests.infra.files import (
     entrypoint_commands,
     job_spec,
     pod_specs,
+    without_files,
 )
 
 SCHEMAS = os.environ.get("ALIT_KUBERAY_SCHEMAS")
@@ -164,7 +165,8 @@ def test_what_the_configs_ask_for_is_there(config: str, place: str) -> None:
     (entrypoint, *_) = [job_spec(one)["entrypoint"] for name, one in RAY_OBJECTS.items() if name.startswith(config)]
     words = entrypoint_commands(entrypoint)[0]
     overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-    stages = build(load_config(words[2], [*overrides, "data.source=demo"])).order()
+    overrides += ["data.source=demo", *without_files(load_config(words[2], overrides, folders_exist=False))]
+    stages = build(load_config(words[2], overrides)).order()
     check_demand(stages, aws_totals() if place == "aws.yaml" else kubernetes_totals(RAY_OBJECTS[place]))
 
 

@@ -78,9 +78,24 @@ def test_a_file_that_is_no_mapping(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", sorted(READY.glob("*.yaml")), ids=lambda file: file.stem)
 def test_ready_configs_are_valid(file: Path) -> None:
     overrides = [] if yaml.safe_load(file.read_text())["data"]["source"] == "demo" else ["data.source=demo"]
+    overrides += ["training.finetune_objective.perceptual={kind: efficientnet}"] * ("lpips" in file.read_text())
     config = load_config(str(file), overrides)
     if isinstance(config, RunConfig):  # a rerun is built from a registry, see test_rerun.py
         assert [stage.name for stage in build(config).order()][-2:] == ["publish", "promote"]
+
+
+def test_weights_that_are_not_there_are_told_while_planning(tmp_path: Path) -> None:
+    def keys() -> dict[str, str]:
+        lpips = f"training.finetune_objective.perceptual={{kind: lpips, weights: {tmp_path}/lpips.pth}}"
+        return dict(build(load_config("photos", ["data.source=demo", lpips])).keys())
+
+    with pytest.raises(ConfigError, match=r"perceptual.weights = '.*lpips.pth' can't be read: .*kind efficientnet"):
+        keys()
+    (tmp_path / "lpips.pth").write_bytes(b"one")
+    before = keys()
+    (tmp_path / "lpips.pth").write_bytes(b"other")
+    changed = {stage for stage, key in keys().items() if key != before[stage]}
+    assert "finetune" in changed and not changed & {"ingest", "base", "distill"}
 
 
 def test_what_changes_no_result_changes_no_key() -> None:
