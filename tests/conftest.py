@@ -5,6 +5,7 @@ import pytest
 SHARED = ("finished", "unbroken")  # runs that tests of several files look at
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """One process makes each shared run, once; other files stay whole. The slow ones begin, the quick fill the end."""
     for item in items:

@@ -25,7 +25,7 @@ def weights(workspace: Path) -> bytes:
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its workspace; images are streamed."""
+    """Its workspace; images are streamed, over more than two epochs, to two workers."""
     path = tmp_path_factory.mktemp("unbroken")
     run = start(run_of(path / "w", *STREAMED), path / "log")
     assert run.finish() == 0, run.said

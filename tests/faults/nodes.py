@@ -100,7 +100,7 @@ def cluster(workers: int) -> Iterator[Cluster]:
     home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets below it have at most 107 characters
     variables = environment() | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
-    variables["PYTHONPATH"] = str(ROOT)
+    variables |= {"PYTHONPATH": str(ROOT), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # 30 s for Ray Serve alone
     subprocess.run([RAY, "get-auth-token", "--generate"], env=variables, check=True, capture_output=True)
     port = free_port()
     made = Cluster(home, f"127.0.0.1:{port}", variables)

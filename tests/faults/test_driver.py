@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.conftest import LONG, STREAMED, weights
+from tests.faults.conftest import LONG, STREAMED, run_of, weights
 from tests.faults.nodes import start
 from tests.integration.conftest import alit, settings
 
@@ -18,7 +18,7 @@ def test_kill_the_driver_in_the_middle_of_distill(tmp_path: Path, unbroken: Path
 
     Bitwise: each step follows from the seed and its number, and the checkpoint has all the rest.
     """
-    arguments = ["demo", *settings(f"workspace={tmp_path}/broken", *STREAMED)]
+    arguments = run_of(tmp_path / "broken", *STREAMED)
     first = start(arguments, tmp_path / "first.log")
     first.wait_for(r"distill +step 1[2-9]/20")
     first.process.send_signal(signal.SIGKILL)
@@ -31,8 +31,6 @@ def test_kill_the_driver_in_the_middle_of_distill(tmp_path: Path, unbroken: Path
         assert re.search(rf"^{stage} +reused", second.out, re.MULTILINE), second.out
     resumed = re.search(r"distill +going on from step (\d+)", second.err)
     assert resumed and int(resumed[1]) >= 5, second.err
-    for stage in ("distill", "tokenize", "score", "select.reconstruction", "pack.reconstruction", "publish"):
-        assert len(list((tmp_path / "broken" / stage).glob("*/artifact.json"))) == 1, stage
     assert not list((tmp_path / "broken").glob(".drafts/*"))
 
     assert weights(tmp_path / "broken") == weights(unbroken)

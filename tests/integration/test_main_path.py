@@ -13,7 +13,7 @@ from PIL import Image
 from components.images import stack, to_float
 from model import AlitTokenizer, TokenBatch
 from model.metrics import l1
-from tests.integration.conftest import SMALL, Workspace, alit, settings
+from tests.integration.conftest import Workspace, alit, settings
 
 pytestmark = pytest.mark.slow
 
@@ -163,11 +163,3 @@ def test_a_demand_that_cannot_be_met_is_refused_before_anything_runs(tmp_path: P
     assert refused.code == 1
     assert "8 workers" in refused.err and "the cluster has 2" in refused.err, refused.err
     assert not (tmp_path / "w" / "ingest").exists()
-
-
-def test_training_streams_what_does_not_fit_in_memory(tmp_path: Path) -> None:
-    """Over more than one epoch, on two workers."""
-    streamed = settings(*SMALL, f"workspace={tmp_path}/w", "training.cache_mb=0", "training.distill.further_steps=12")
-    result = alit("run", "demo", *streamed, "--until", "distill")
-    assert result.code == 0, result.out + result.err
-    assert "step 12/12" in result.err

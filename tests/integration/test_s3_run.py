@@ -1,6 +1,7 @@
-"""The main job with its source and its workspace in buckets, against a real S3 API."""
+"""The main job with its source and its workspace in buckets, against a real S3 API that behaves as a busy one does."""
 
 import re
+import zlib
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -10,7 +11,7 @@ from skimage import data
 
 from components import buckets
 from tests.integration.conftest import SMALL, alit, settings
-from tests.s3_server import KEYS, client_of, point, s3_server
+from tests.s3_server import KEYS, Fault, Proxy, client_of, point, s3_server
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +28,18 @@ def photographs(folder: Path, number: int) -> None:
             image.crop((left, top, left + 120, top + 110)).convert("RGB").save(folder / f"{index:03d}.jpg")
 
 
+def busy(method: str, path: str, asked: int) -> Fault | None:
+    """A quarter of all first tries are refused, done and yet refused, cut in the middle, or slow: by their path."""
+    refused = [Fault(status=503, code="SlowDown"), Fault(status=500), Fault(pause_s=0.3)]
+    kinds = {"GET": [Fault(cut_at=0.5), *refused], "PUT": [Fault(status=500, late=True), *refused]}.get(method, refused)
+    drawn = zlib.crc32(f"{method} {path}".encode()) % (4 * len(kinds))
+    return kinds[drawn] if asked == 0 and drawn < len(kinds) else None
+
+
 def test_source_and_workspace_in_buckets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     photographs(tmp_path / "photos", 60)
-    with s3_server() as endpoint:
-        client = client_of(endpoint)
+    with s3_server() as server, (proxy := Proxy(server, busy)).serve() as endpoint:
+        client = client_of(server)
         for bucket in ("photos", "work"):
             client.create_bucket(Bucket=bucket)
         for file in (tmp_path / "photos").iterdir():
@@ -53,12 +62,13 @@ def test_source_and_workspace_in_buckets(tmp_path: Path, monkeypatch: pytest.Mon
         stages = len(re.findall(r"^\S+ {2,}done ", first.out, re.MULTILINE))
         assert stages >= 8
         assert "images 60  rejected 1" in first.out
+        assert sum(proxy.faults.values()) > 20 and proxy.faults.keys() == {"SlowDown", "InternalError", "cut"}
         assert KEYS["AWS_SECRET_ACCESS_KEY"] not in first.out + first.err
 
         again = alit("run", *arguments)
         assert again.code == 0 and again.out.count("reused") == stages, again.out + again.err
 
-        point(monkeypatch, endpoint)
+        point(monkeypatch, server)
         keys = [item["Key"] for item in client.list_objects_v2(Bucket="work")["Contents"]]
         assert len([key for key in keys if key.endswith("artifact.json")]) == stages
         assert not [key for key in keys if ".drafts/" in key and not key.endswith("/")]
@@ -79,7 +89,7 @@ def test_source_and_workspace_in_buckets(tmp_path: Path, monkeypatch: pytest.Mon
 
         client.put_object(Bucket="photos", Key="in/more.jpg", Body=(tmp_path / "photos/007.jpg").read_bytes())
         client.delete_object(Bucket="photos", Key="in/003.jpg")
-        more = alit("run", *arguments, "--until", "tokenize")
+        more = alit("run", *arguments, "--until", "ingest")
         assert "images 60  rejected 1  added 1  changed 0  removed 1" in more.out, more.out + more.err
 
         gone_on = alit("run", *arguments, *settings(f"training.from=s3://work/{model}"), "--until", "distill")
