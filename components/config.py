@@ -65,7 +65,7 @@ class IngestResources(Settings):
 
 
 class OptimizerConfig(Settings):
-    """AdamW with a linear warm-up and half a cosine down to min_lr (ALIT.md section 7)."""
+    """AdamW with a linear warm-up and half a cosine down to min_lr."""
 
     base_lr: PositiveFloat = 1.5e-4  # for an effective batch of 256; the rate used is base_lr * batch / 256
     lr: PositiveFloat | None = None  # the rate itself, instead of base_lr

@@ -213,7 +213,7 @@ _DEMO_BASE = VQGANConfig(
     channels=16, channel_multipliers=(1, 1, 2, 4), num_res_blocks=1, embed_dim=32, codebook_size=512, num_groups=8
 )
 
-# The paper's sizes by the names of its code ("small" has more parameters than "base": ALIT.md section 11), and ours.
+# The paper's sizes by the names of its code ("small" has more parameters than "base"), and ours.
 SIZES: Mapping[str, AlitConfig] = MappingProxyType(
     {
         "alit_tiny": _sized(512, 8, 8),

@@ -1,4 +1,4 @@
-"""The 2D -> 1D encoder and the 1D -> 2D decoder of ALIT (paper section 3; ALIT.md section 3).
+"""The 2D -> 1D encoder and the 1D -> 2D decoder of ALIT (paper section 3).
 
 Legend: B batch, E base channels, h w grid, G grid tokens, S image tokens (class + grid), L latents, D numbers in a
 latent, W width, T = S + L, O outputs per grid token.

@@ -1,4 +1,4 @@
-"""Finetuning of the whole tokenizer against a discriminator (paper section 4, stage 2; ALIT.md section 8)."""
+"""Finetuning of the whole tokenizer against a discriminator (paper section 4, stage 2)."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -26,8 +26,8 @@ class FinetuneObjective(Objective):
         loss = objective(images, generator, Turn(step=step))
         loss = objective(images, generator, Turn("discriminator", step, loss.made))
 
-    Only the player's :meth:`trainable` parameters receive gradients in its turn (the authors' generator steps move the
-    discriminators too, and come once in nine steps: ALIT.md BUG 3 and 4).
+    Only the player's :meth:`trainable` parameters receive gradients in its turn. (The authors' generator steps move the
+    discriminators too, and come once in nine steps, where the code around them suggests eight in nine.)
 
     Under DDP: find_unused_parameters (the other player, and rollouts that weren't drawn, stay unused), generators in
     the same state on all ranks (so that all draw the same rollouts), and ``average`` set to a mean over the ranks.

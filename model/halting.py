@@ -20,7 +20,7 @@ def halt_by_probability(probability_BG: Tensor, threshold: float, uniform_BG: Te
 def halt_by_error(code_BGE: Tensor, target_BGE: Tensor, threshold: float) -> Tensor:
     """For codes: a token whose mean absolute error is below ``threshold`` halts. Returns bool [B, G].
 
-    The authors' code means this and never does it (it fills a copy of the mask): ALIT.md section 5.
+    The authors' code means this and never does it (it fills a copy of the mask).
     """
     return (code_BGE - target_BGE).abs().mean(-1) < threshold
 

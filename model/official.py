@@ -1,4 +1,4 @@
-"""The checkpoints of the paper's own release in and out of our format (ALIT.md sections 10 to 12).
+"""The checkpoints of the paper's own release in and out of our format.
 
 What trained weights depend on and a fresh model should not have comes in as config: the VQGAN's odd shortcut, images
 fed as [0, 1], and the VAE code that isn't divided by its scale before it is decoded.
@@ -112,7 +112,7 @@ def to_official(tokenizer: AlitTokenizer) -> dict[str, Tensor]:
 def official_config(arguments: Mapping[str, Any]) -> AlitConfig:
     """Our config for the authors' arguments; those left out have their defaults, names without effect are ignored.
 
-    Halting is off for a VAE whatever they say: the authors' code never halts there (ALIT.md section 5). Raises
+    Halting is off for a VAE whatever they say: the authors' code never halts there. Raises
     ValueError for what isn't supported.
     """
     given = {**_DEFAULTS, **arguments}

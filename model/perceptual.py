@@ -36,7 +36,7 @@ class PerceptualDistance(nn.Module, ABC):
         return total
 
     def train(self, mode: bool = True) -> "PerceptualDistance":
-        """Stays in eval mode: the authors' training switches dropout on in here (ALIT.md BUG 5)."""
+        """Stays in eval mode: the authors' training switches dropout on in here."""
         return super().train(False)
 
 

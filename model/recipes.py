@@ -27,7 +27,7 @@ class PerceptualConfig:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Finetuning with a discriminator (paper section 4, stage 2; ALIT.md section 8). Defaults are the paper's.
+    """Finetuning with a discriminator (paper section 4, stage 2). Defaults are the paper's.
 
     ``adversarial_weights``: (from step, weight), increasing; before the first step the weight is 0. The authors' is
     0 for 20 epochs, then 0.2, after epoch 100 0.8. ``adaptive``: scaled so that its gradient at the base decoder's last

@@ -1,4 +1,4 @@
-"""The recurrence: every rollout refines all tokens and adds latents (paper section 3; ALIT.md section 3).
+"""The recurrence: every rollout refines all tokens and adds latents (paper section 3).
 
 Legend: B batch, G grid tokens, S = 1 + G image tokens, L latents so far, D numbers in a latent, W width.
 """

@@ -1,4 +1,4 @@
-"""The KL autoencoder base in the layout of LDM and MAR (ALIT.md section 2).
+"""The KL autoencoder base in the layout of LDM and MAR.
 
 Legend: B batch, C channels, E latent channels, G grid tokens.
 """

@@ -1,4 +1,4 @@
-"""The VQGAN base: convolutions to a grid, a codebook, convolutions back (MAGE layout; ALIT.md section 2).
+"""The VQGAN base: convolutions to a grid, a codebook, convolutions back (MAGE layout).
 
 Legend: B batch, C channels, E codebook dimension, K codebook entries, G grid tokens.
 """
