@@ -4,12 +4,15 @@ Each is a folder ``step-NNNNNNNN`` with ``state.pt`` and, written last, ``checkp
 without that file it isn't one. The same on a local disk and in a bucket. Only rank 0 writes.
 """
 
+import errno
 import hashlib
+import os
 import pickle
 import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from tempfile import TemporaryFile
 from typing import IO, Any, cast
 
 import torch
@@ -19,6 +22,8 @@ from components.artifacts import filesystem, join, read_json, remove, write_json
 
 STATE, MARK = "state.pt", "checkpoint.json"
 NAME = re.compile(r"step-(\d{8})")
+CHUNK_BYTES = 8 << 20
+FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
 
 
 class CheckpointError(RuntimeError):
@@ -40,7 +45,6 @@ class Checkpoints:
 
     def __init__(self, uri: str, *, keep: int, say: Callable[[str], None]) -> None:
         self.uri, self.keep, self.say = uri, keep, say
-        self.failed = 0  # checkpoints that could not be written
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._writing: Future[bool] | None = None
 
@@ -50,7 +54,10 @@ class Checkpoints:
         return [mark for mark in found if mark is not None]
 
     def newest(self) -> dict[str, Any] | None:
-        """The state of the newest whole checkpoint, or None; a damaged one is told of and removed."""
+        """The state of the newest whole checkpoint, or None; a damaged one is told of and removed.
+
+        Raises OSError when the storage can't be read.
+        """
         for mark in reversed(self.standing()):
             state = self._verified(mark)
             if state is not None:
@@ -59,7 +66,7 @@ class Checkpoints:
         return None
 
     def read(self, step: int) -> dict[str, Any]:
-        """The state after ``step``; raises CheckpointError when it isn't there or is damaged."""
+        """The state after ``step``; raises CheckpointError when it isn't there or is damaged, OSError as newest."""
         mark = _read_mark(self._folder(step))
         state = self._verified(mark) if mark is not None else None
         if state is None:
@@ -98,20 +105,25 @@ class Checkpoints:
 
     def _write(self, state: Mapping[str, Any], step: int, score: float | None) -> bool:
         try:
-            try:
-                self._put(state, step, score)
-            except OSError:
-                if not self._make_room():
-                    raise
-                self._put(state, step, score)
+            while not self._fits(state, step, score):
+                pass
         except OSError as error:
-            self.failed += 1
             standing = self.standing()
             last = f"the last good one is that of step {standing[-1].step}" if standing else "there is none before it"
             reason = str(error).splitlines()[0]
             self.say(f"no checkpoint at step {step}: {reason}; training goes on, {last}")
             return False
         self._prune()
+        return True
+
+    def _fits(self, state: Mapping[str, Any], step: int, score: float | None) -> bool:
+        """Write; False when the disk was full and an older checkpoint has made room since."""
+        try:
+            self._put(state, step, score)
+        except OSError as error:
+            if any(text in str(error) for text in FULL) and self._make_room():
+                return False
+            raise
         return True
 
     def _put(self, state: Mapping[str, Any], step: int, score: float | None) -> None:
@@ -130,11 +142,16 @@ class Checkpoints:
             raise OSError(str(cause)) from error
 
     def _make_room(self) -> bool:
-        """Drop all but the newest checkpoint; whether there was one to drop."""
-        dropped = self.standing()[:-1]
-        for mark in dropped:
-            remove(self._folder(mark.step))
-        return bool(dropped)
+        """Drop the oldest checkpoint, the best only when nothing else but the newest is left; whether there was one."""
+        older = [mark.step for mark in self.standing()[:-1]]
+        if not older:
+            return False
+        best = self.best()
+        step = next((step for step in older if step != best), best)
+        if step == best:
+            self.say(f"the disk is full: the checkpoint of step {step}, the best so far, makes room")
+        remove(self._folder(step))
+        return True
 
     def _prune(self) -> None:
         standing = self.standing()
@@ -144,20 +161,27 @@ class Checkpoints:
                 remove(self._folder(mark.step))
 
     def _verified(self, mark: Checkpoint) -> dict[str, Any] | None:
+        """None when it is damaged; raises OSError when it can't be read now, which says nothing of it."""
+        store, path = filesystem(join(self._folder(mark.step), STATE))
         try:
-            store, path = filesystem(join(self._folder(mark.step), STATE))
-            with store.open_input_file(path) as stream:
+            with store.open_input_file(path) as stream, TemporaryFile() as copy:
+                far = not isinstance(store, fs.LocalFileSystem)  # torch.load asks for every tensor by itself
                 digest = hashlib.sha256()
-                while chunk := stream.read(1 << 22):
+                while chunk := stream.read(CHUNK_BYTES):
                     digest.update(chunk)
+                    if far:
+                        copy.write(chunk)
                 if digest.hexdigest() != mark.sha256:
                     raise ValueError("its content is not what was written (sha256 differs)")
-                stream.seek(0)
-                return torch.load(stream, map_location="cpu", weights_only=True)
-        except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+                whole = copy if far else stream
+                whole.seek(0)
+                return torch.load(whole, map_location="cpu", weights_only=True)
+        except (FileNotFoundError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             reason = str(error).splitlines()[0]
             self.say(f"the checkpoint of step {mark.step} is damaged: {reason}; the one before it is used")
             return None
+        except OSError as error:
+            raise OSError(f"{path} can't be read: {error}") from error
 
     def _names(self) -> list[str]:
         store, path = filesystem(self.uri)

@@ -117,7 +117,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_training(small_disk: Path) -
     ballast = small_disk / "ballast"
     ballast.write_bytes(b"x" * 4 * MIB)
     checkpoints.save(state(2, 3.0), step=2, score=None)
-    assert checkpoints.settle() is False and checkpoints.failed == 1
+    assert checkpoints.settle() is False
     assert len(said) == 1 and "no checkpoint at step 2" in said[0] and "that of step 1" in said[0]
     assert steps(small_disk) == [1] and not (small_disk / "step-00000002").exists()
     ballast.unlink()
@@ -135,10 +135,33 @@ def test_a_full_disk_at_the_end_is_an_error(small_disk: Path) -> None:
 
 
 def test_older_ones_make_room(small_disk: Path) -> None:
-    """Two of 2.5 MiB fit beside the next; with one of them the best, a third needs its place."""
-    checkpoints = opened(small_disk, [], keep=2)
-    for step in (1, 2, 3):
-        checkpoints.save(state(step, 3.0), step=step, score=float(step))
+    """The oldest first; the best only when nothing else but the newest is left."""
+    said: list[str] = []
+    checkpoints = opened(small_disk, said, keep=2)
+    for step in (1, 2):
+        checkpoints.save(state(step, 2.0), step=step, score=float(-step))
         checkpoints.settle()
+    for step in (3, 4):
+        checkpoints.save(state(step, 2.0), step=step, score=float(step))
+        checkpoints.settle()
+    assert steps(small_disk) == [2, 3, 4] and not said
+    checkpoints.save(state(5, 4.5), step=5, score=5.0)
     checkpoints.close()
-    assert steps(small_disk)[-1] == 3
+    assert steps(small_disk) == [4, 5] and "step 2, the best so far, makes room" in said[0]
+
+
+def test_what_passes_by_costs_no_older_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    checkpoints = opened(tmp_path, said, keep=2)
+    for step, score in ((1, 0.1), (2, 0.5), (3, 0.4)):
+        checkpoints.save(state(step), step=step, score=score)
+        checkpoints.settle()
+
+    def broken(*_: object) -> None:
+        raise OSError("AWS Error NETWORK_CONNECTION during PutObject")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("components.train.checkpoints.torch.save", broken)
+        checkpoints.save(state(4), step=4, score=0.3)
+        assert checkpoints.settle() is False
+    assert steps(tmp_path) == [1, 2, 3] and "no checkpoint at step 4" in said[0]

@@ -198,6 +198,23 @@ def test_checkpoints(s3):
     assert newest is not None and float(newest["w"][0, 0]) == 3.0 and "step 4 is damaged" in told[0]
 
 
+def test_a_checkpoint_comes_in_few_requests_and_stays_when_it_cannot_be_read(s3, server, monkeypatch):
+    uri, told = f"{SPACE}/scratch/distill/k1/checkpoints", []
+    kept = Checkpoints(uri, keep=2, say=told.append)
+    kept.save({f"w{number}": torch.full((100,), float(number)) for number in range(200)}, step=1, score=None)
+    kept.close()
+    proxy = Proxy(server, lambda *_: None)
+    with proxy.serve() as endpoint:
+        point(monkeypatch, endpoint, AWS_MAX_ATTEMPTS="2")
+        newest = Checkpoints(uri, keep=2, say=told.append).newest()
+        assert newest is not None and float(newest["w199"][0]) == 199.0
+        assert len([path for method, path, _ in proxy.requests if method == "GET" and "state.pt" in path]) < 5
+        proxy.fault = lambda method, path, _: Fault(status=503) if method == "GET" and "state.pt" in path else None
+        with pytest.raises(OSError, match="state.pt"):
+            Checkpoints(uri, keep=2, say=told.append).newest()
+    assert not told and [mark.step for mark in Checkpoints(uri, keep=2, say=told.append).standing()] == [1]
+
+
 # --- the lock ---------------------------------------------------------------------------------------------------------
 
 
