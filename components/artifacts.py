@@ -358,7 +358,7 @@ def archive_header(tokenizer_uri: str) -> dict[str, Any]:
     """What an archive says of its tokenizer: the digest of its weights, its codebook and where it stood."""
     weights = read_bytes(join(tokenizer_uri, "weights.safetensors"))
     config = read_json(join(tokenizer_uri, "config.json"))["config"]
-    size, width = config["codebook_size"], config["latent_dim"]
+    size, width = config["codebook_size"], config["latent_dim"] or config["encoder_width"]
     return {
         "digest": hashlib.sha256(weights).hexdigest(),
         "uri": tokenizer_uri,

@@ -51,7 +51,11 @@ class Card:
         budgets, counts = budgets_of(self.scores), self.images.manifest.counts
         height, width = config["image_size"]
         codebook = config["codebook_size"]
-        tokens = f"indices into {codebook} codes" if codebook else f"vectors of {config['latent_dim']} numbers"
+        tokens = (
+            f"indices into {codebook} codes"
+            if codebook
+            else f"vectors of {config['latent_dim'] or config['encoder_width']} numbers"
+        )
         return (
             f"# {self.name}\n\nAn adaptive-length image tokenizer (ALIT, arXiv 2411.02393): an image of "
             f"{width} x {height} px becomes {budgets[0]} to {budgets[-1]} tokens, as many as it needs. "

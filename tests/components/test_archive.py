@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from components.archive import TokenArchiveDataset
-from components.artifacts import write_json
+from components.artifacts import archive_header, write_json
+from model import SIZES, AlitTokenizer
 from tests.components.test_pack import packed
 
 
@@ -112,3 +114,11 @@ def test_what_is_refused(archive: Path, tmp_path: Path) -> None:
         TokenArchiveDataset(str(archive), batch_size=0)
     with pytest.raises(FileNotFoundError):
         TokenArchiveDataset(str(tmp_path), batch_size=1)
+
+
+def test_vectors_of_the_encoder_s_own_width(tmp_path: Path) -> None:
+    """Continuous latents that are not projected."""
+    config = replace(SIZES["demo"], codebook_size=None, latent_dim=None)
+    AlitTokenizer(config).save(tmp_path / "tokenizer")
+    header = archive_header(str(tmp_path / "tokenizer"))
+    assert (header["latent_dim"], header["bits_per_token"]) == (config.encoder_width, 16 * config.encoder_width)
