@@ -80,7 +80,6 @@ class RunRecord:
     seconds: float
     mlflow_uri: str  # without credentials
     mlflow_run_id: str
-    mlflow_experiment_id: str
     signal: int | None = None  # that stopped it
 
     @property

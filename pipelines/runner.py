@@ -180,7 +180,6 @@ def _finish(context: Context, pipeline: str, store: Store, started: float) -> Ru
         seconds=time.monotonic() - started,
         mlflow_uri=tracking.redact(store.uri),
         mlflow_run_id=context.recorder.parent.run_id,
-        mlflow_experiment_id=context.recorder.parent.experiment,
         signal=context.stop.signal if status == "KILLED" else None,
     )
 
