@@ -23,6 +23,7 @@ from model.config import AlitConfig, BaseConfig, BaseObjectiveConfig, DistillCon
 from model.recipes import FinetuneConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
@@ -71,7 +72,7 @@ class OptimizerConfig(Settings):
     lr: PositiveFloat | None = None  # the rate itself, instead of base_lr
     min_lr: NonNegativeFloat = 0.0
     warmup_steps: NonNegativeInt = 100
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     weight_decay: NonNegativeFloat = 0.05  # of matrices; norms, biases, tokens, positions and codebooks have none
     clip_norm: PositiveFloat = 3.0
     ema_decay: Fraction = 0.9999
@@ -224,7 +225,7 @@ class RuleConfig(Settings):
     metric: str  # of the task, by its short name, or a metric of pixels
     max: float | None = None
     min: float | None = None
-    ratio: PositiveFloat | None = None
+    ratio: Annotated[float, Field(ge=1)] | None = None  # to the image's best value
     mean: PositiveFloat | None = None
     num_tokens: PositiveInt | None = None
     length: LengthConfig | None = None  # of kind predicted; none: the defaults

@@ -271,6 +271,11 @@ class DistillConfig:
 
     __pydantic_config__ = _STRICT
 
+    def __post_init__(self) -> None:
+        sampled, smoothing = self.sampled_rollouts, self.label_smoothing
+        _require(sampled is None or sampled >= 1, "sampled_rollouts", sampled, "None or at least 1")
+        _require(0 <= smoothing < 1, "label_smoothing", smoothing, "at least 0 and below 1")
+
     def weight(self, rollout: int) -> float:
         """Weight of the token loss after ``rollout``."""
         weights = self.rollout_weights or PAPER_ROLLOUT_WEIGHTS

@@ -5,6 +5,8 @@ import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from pydantic import ValidationError
+
 from components import artifacts
 from components.artifacts import Artifact, Draft, Job, Manifest, TokenCounts, join, read_manifest
 from components.config import NoConfig, RuleConfig
@@ -28,7 +30,10 @@ def choose_again(config: AnyConfig, task_name: str, given: Mapping[str, float]) 
     """
     task = config.task(task_name)
     ((parameter, value),) = given.items()
-    rule = RuleConfig.model_validate({"kind": KINDS[parameter], "metric": task.rule.metric, parameter: value})
+    try:
+        rule = RuleConfig.model_validate({"kind": KINDS[parameter], "metric": task.rule.metric, parameter: value})
+    except ValidationError as error:
+        raise ConfigError(f"{parameter} = {value:g}: {error.errors()[0]['msg']}") from error
     changed = task.model_copy(update={"rule": rule})
     tasks = tuple(changed if one.name == task_name else one for one in config.tasks)
     pipeline = build(config.model_copy(update={"tasks": tasks}))

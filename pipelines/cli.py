@@ -270,12 +270,18 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _select(options: argparse.Namespace) -> int:
+    from components.artifacts import WorkspaceError
     from pipelines.choose import choose_again
 
     config = _config(options)
     given = {"max": options.max, "min": options.min, "ratio": options.within, "mean": options.mean_tokens}
-    for line in choose_again(config, options.task, {name: value for name, value in given.items() if value is not None}):
-        _out.info("%s", line)
+    try:
+        lines = choose_again(config, options.task, {name: value for name, value in given.items() if value is not None})
+        for line in lines:
+            _out.info("%s", line)
+    except WorkspaceError as error:
+        _out.error("error: %s", error)
+        return 1
     return 0
 
 

@@ -196,6 +196,18 @@ class RunConfig(PipelineConfig):
     publish: PublishSection = PublishSection()
 
     @model_validator(mode="after")
+    def _probes_have_an_image_a_worker(self) -> "RunConfig":
+        workers = self.training.worker_range.max
+        for number, task in enumerate(self.tasks):
+            batch = task.judge_options.train.batch_size
+            if task.judge == "probe" and batch < workers:
+                raise ValueError(
+                    f"tasks.{number}.judge_options.train.batch_size = {batch}: at least one image a worker, and "
+                    f"there are up to {workers} workers"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _gate_can_be_measured(self) -> "RunConfig":
         gate = self.publish.gate
         if gate is None:

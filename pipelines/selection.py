@@ -24,8 +24,21 @@ def stages_from_scores(config: PipelineConfig, tokenizer: TokenizerStage) -> lis
     """What reads ``ingest``, ``tokenize`` and ``score``; raises ConfigError for what can't go together."""
     stages = []
     for task in config.tasks:
+        for rule in (task.rule, *task.rules):
+            _check(rule, f"tasks: a rule of {task.name!r}", tokenizer.budgets)
         stages += [*_length(config, task, tokenizer), _select(task), _pack(config, task, tokenizer)]
-    return [*stages, *_quality(config, tokenizer), *_matrix(config)]
+    return [*stages, *_quality(config, tokenizer), *_matrix(config, tokenizer)]
+
+
+def _check(rule: RuleConfig, place: str, budgets: Sequence[int]) -> None:
+    if rule.num_tokens is not None and rule.num_tokens not in budgets:
+        raise ConfigError(f"{place}: num_tokens = {rule.num_tokens}: allowed are the budgets {list(budgets)}")
+    _check_mean(rule.mean, f"{place}: mean", budgets)
+
+
+def _check_mean(mean: float | None, name: str, budgets: Sequence[int]) -> None:
+    if mean is not None and mean < budgets[0]:
+        raise ConfigError(f"{name} = {mean:g}: at least the smallest budget, {budgets[0]}, which every image gets")
 
 
 def _predicted(task: TaskConfig) -> list[RuleConfig]:
@@ -114,10 +127,11 @@ def _inception(file: str | None) -> dict[str, Any]:
     return {"inception": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
 
 
-def _matrix(config: PipelineConfig) -> list[Stage]:
+def _matrix(config: PipelineConfig, tokenizer: TokenizerStage) -> list[Stage]:
     """The criterion x task matrix, where the config asks for it."""
     if config.matrix is None:
         return []
+    _check_mean(config.matrix.mean_tokens, "matrix.mean_tokens", tokenizer.budgets)
     criteria = {task.name: column(task, task.rule.metric) for task in config.tasks}
     stage = Stage(
         "matrix",

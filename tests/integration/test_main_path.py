@@ -123,6 +123,8 @@ def test_select_again_is_quick_and_leaves_what_a_run_would_find(finished: Worksp
     assert re.search(r"score +\w+ +stands", planned.out)
     wrong = alit("select", *finished.arguments, "--task", "reconstruction", "--mean-tokens", "2")
     assert wrong.code == 2 and "smallest budget" in wrong.err
+    wrong = alit("select", *finished.arguments, "--task", "reconstruction", "--within", "0.5")
+    assert wrong.code == 2 and "ratio = 0.5: Input should be greater than or equal to 1" in wrong.err
 
 
 def test_status_names_every_artifact(finished: Workspace) -> None:
