@@ -34,6 +34,7 @@ class FinetuneObjective(Objective):
     """
 
     lecam_means: Tensor
+    partial = True  # the other player's stay without, and those of rollouts that weren't drawn
 
     def __init__(self, tokenizer: AlitTokenizer, config: FinetuneConfig) -> None:
         super().__init__()

@@ -52,6 +52,7 @@ class Turn:
 
 
 MODEL_TURN = Turn()
+PREPARED = 16  # images at once, for their activations' sake
 
 
 class Objective(nn.Module, ABC):
@@ -78,6 +79,11 @@ class Objective(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:
         """Loss of one player's turn on images [B, 3, H, W] in [0, 1]; ``generator`` draws all that is random."""
+
+    @property
+    def partial(self) -> bool:
+        """Whether a call may leave some of the trainable parameters without a gradient, which DDP must know."""
+        return False
 
     @property
     def revive_every(self) -> int:
@@ -179,6 +185,11 @@ class DistillObjective(Objective):
         self.health = latent_health(tokenizer)
 
     @property
+    def partial(self) -> bool:
+        """When the first rollout alone may be drawn: what only a second one uses has no gradient then."""
+        return self.config.sampled_rollouts == 1 and len(self.tokenizer.budgets) > 1
+
+    @property
     def revive_every(self) -> int:
         """As the config has it."""
         return self.config.revive_every
@@ -198,7 +209,9 @@ class DistillObjective(Objective):
         """Before the first step of fresh weights: a local start takes its codebook from latents of real images."""
         quantizer = self.tokenizer.quantizer
         if self.tokenizer.config.init == "local" and isinstance(quantizer, VectorQuantizer):
-            latents = [step.projected.flatten(0, 1) for step in self.tokenizer.rollout(images)]
+            few = torch.split(images, PREPARED)
+            parts = [[step.projected for step in self.tokenizer.rollout(part)] for part in few]
+            latents = [torch.cat(of_rollout).flatten(0, 1) for of_rollout in zip(*parts, strict=True)]
             fill_codebook(quantizer, torch.cat(latents), generator)
 
     def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:

@@ -94,18 +94,33 @@ def label_names(images: ImageSet) -> tuple[str, ...]:
 
 
 def read_train(images: ImageSet, decode: Decode, threads: int) -> dict[str, np.ndarray]:
-    """The train split whole, by image_id, ``threads`` files of the table at once."""
+    """The train split whole, by image_id, ``threads`` files of the table at once; what is read lies in memory once."""
+    ids: dict[str, list[str]] = {}
+    for name, table in _tables(images, ["image_id", "split", *decode.targets]):
+        ids[name] = decode.rows(table, "train")["image_id"].to_pylist()
+    order = np.argsort(np.concatenate(list(ids.values())))
+    places = np.empty(len(order), dtype=np.int64)
+    places[order] = np.arange(len(order))
+    ends = np.cumsum([len(of_file) for of_file in ids.values()])
+    rows = {name: places[end - len(ids[name]) : end] for name, end in zip(ids, ends, strict=True) if ids[name]}
     store, folder = filesystem(images.table_uri)
 
-    def read(name: str) -> dict[str, Any] | None:
-        rows = decode.rows(pq.read_table(f"{folder}/{name}", filesystem=store, columns=decode.columns), "train")
-        return decode(rows) if len(rows) else None
+    def read(name: str) -> dict[str, np.ndarray]:
+        table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=decode.columns)
+        return decode(decode.rows(table, "train"))
+
+    whole = {
+        column: np.empty((len(places), *values.shape[1:]), values.dtype)
+        for column, values in read(next(iter(rows))).items()
+    }
+
+    def fill(name: str) -> None:
+        for column, values in read(name).items():
+            whole[column][rows[name]] = values
 
     with ThreadPoolExecutor(threads) as pool:
-        parts = [part for part in pool.map(read, part_names(images.table_uri)) if part]
-    columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    order = np.argsort(columns["image_id"].astype(str))
-    return {name: values[order] for name, values in columns.items()}
+        list(pool.map(fill, rows))
+    return whole
 
 
 def held_out(images: ImageSet, limit: int, decode: Decode, share: Share | None = None) -> Batch:
@@ -161,20 +176,30 @@ class CachedBatches:
 
 
 class StreamedBatches:
-    """A train split of any size, streamed in the order of components.train.order, from ``first_step`` on."""
+    """A train split of any size, streamed in the order of components.train.order, from the first step asked for on.
+
+    ``skip``: steps of the first window that were done before it.
+    """
 
     def __init__(self, shard: "ray.data.DataIterator", *, share: Share, skip: int) -> None:
         self._shard, self._size, self._skip = shard, len(share), skip
         self._stream: Iterator[dict[str, Any]] = iter(())
+        self._last: tuple[int, Batch] | None = None
 
     def at(self, step: int) -> Batch:
-        """The next images; one execution of the dataset is one epoch."""
+        """The images of ``step``: the same again as often as they are asked for, else the next ones."""
+        if self._last is None or self._last[0] != step:
+            self._last = step, _batch(self._next())
+        return self._last[1]
+
+    def _next(self) -> dict[str, Any]:
+        """From the stream; one execution of the dataset is one epoch."""
         for block in self._stream:
-            return _batch(block)
+            return block
         self._stream = iter(
             self._shard.iter_batches(batch_size=self._size, prefetch_batches=2, drop_last=True, batch_format="numpy")
         )
         for _ in range(self._skip):
             next(self._stream)
         self._skip = 0
-        return self.at(step)
+        return self._next()

@@ -128,9 +128,9 @@ class Learner:
         self.average = MovingAverage(self.players["model"].parameters, train.optimizer.ema_decay)
 
     def prepare(self, batch: Batch) -> None:
-        """Before the first step of fresh weights, with the first images; rank 0's weights are what all begin with."""
+        """Before the first step of fresh weights, with the first batch; rank 0's weights are what all begin with."""
         generator = step_generator(self.run.config.train.seed, 0)
-        self.objective.prepare(to_float(batch.images.to(self.place.device)), generator)
+        self.objective.prepare(to_float(self.place.rows(batch.images.to(self.place.device))), generator)
         if self.place.world > 1:
             for parameter in self.objective.parameters():
                 dist.broadcast(parameter.data, src=0)
@@ -140,7 +140,7 @@ class Learner:
         """Once weights are in place: wrapped for many workers, its blocks as economical as is asked for."""
         if self.run.resources.strategy == "fsdp":
             state = self.state()
-            self.model = spread(self.objective, self.place, "fsdp", game=False)
+            self.model = spread(self.objective, self.place, "fsdp")
             self._seat()
             self.load(state)
         recompute_blocks(self.objective, self.run.resources.recompute)
@@ -171,6 +171,8 @@ class Learner:
                 made[number] = loss.made
                 _add(values, name, loss, len(pixels))
             norms[name] = self._update(player)
+        bad = ~torch.stack([norm.isfinite() for norm in norms.values()]).all()
+        self.skips = torch.stack((self.skips[0] + bad, (self.skips[1] + 1) * bad))
         self.average.update(self.steps_done)
         self.steps_done += 1
         self._revive()
@@ -215,16 +217,14 @@ class Learner:
         norm = gathered(norm.detach())
         for group in player.optimizer.param_groups:
             group["lr"] = learning_rate(self.steps_done, self.run.num_steps, player.config, self.share.of)
-        bad = ~torch.isfinite(norm)
-        player.optimizer.found_inf = bad.float()  # type: ignore[attr-defined]
+        player.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
         player.optimizer.step()
         player.scaler.update()
-        self.skips = torch.stack((self.skips[0] + bad, (self.skips[1] + 1) * bad))
         return norm
 
     @property
     def skipped(self) -> int:
-        """Steps without a finite gradient so far; waits for the device."""
+        """Steps in which a player had no finite gradient so far; waits for the device."""
         return int(self.skips[0])
 
     def told(self, outcome: Outcome) -> dict[str, float]:
@@ -255,7 +255,7 @@ class Learner:
         everyone = {name: p for player in self.players.values() for name, p in player.parameters.items()}
         train_only(self.objective, {n: p for n, p in everyone.items() if not resting or not n.startswith(resting)})
         if self.run.resources.strategy == "ddp":
-            self.model = spread(self.objective, self.place, "ddp", game=len(self.players) > 1)
+            self.model = spread(self.objective, self.place, "ddp")
 
     def _revive(self) -> None:
         """Move dead codes at times in the first half; what rank 0 drew is what every rank gets."""

@@ -114,6 +114,8 @@ def _save(learner: Learner, checkpoints: Checkpoints) -> None:
 def _score(learner: Learner) -> float | None:
     """The mean held-out error, where this step was evaluated."""
     due = learner.steps_done % learner.run.resources.eval_every == 0 or learner.steps_done == learner.run.num_steps
-    prefix = f"val/{RECIPES[learner.run.recipe].score}"
-    errors: list[Any] = [value for name, value in learner.metrics.items() if name.startswith(prefix)]
-    return sum(errors) / len(errors) if errors and due else None
+    for metric in RECIPES[learner.run.recipe].scores:
+        errors: list[Any] = [value for name, value in learner.metrics.items() if name.startswith(f"val/{metric}")]
+        if errors and due:
+            return sum(errors) / len(errors)
+    return None

@@ -48,6 +48,17 @@ class Place:
         dist.all_gather(every, one)
         return torch.cat(every).tolist()
 
+    def rows(self, part: Tensor) -> Tensor:
+        """The rows of every worker's ``part``, which may be unevenly many, by rank."""
+        if self.world == 1:
+            return part
+        sizes = [int(size) for size in self.gather(len(part))]
+        padded = part.new_zeros((max(sizes), *part.shape[1:]))
+        padded[: len(part)] = part
+        every = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(every, padded)
+        return torch.cat([one[:size] for one, size in zip(every, sizes, strict=True)])
+
     def union(self, names: Iterable[str]) -> list[str]:
         """The names that any worker has, in the order of the first that has them."""
         every: list[Any] = [list(names)]
@@ -64,11 +75,8 @@ class Place:
         return box[0]
 
 
-def spread(objective: Objective, place: Place, strategy: Literal["ddp", "fsdp"], *, game: bool) -> nn.Module:
-    """What to call in place of ``objective``. FSDP changes the objective itself: its parameters become DTensors.
-
-    ``game``: several players take turns, so that some parameters stay without a gradient in a call.
-    """
+def spread(objective: Objective, place: Place, strategy: Literal["ddp", "fsdp"]) -> nn.Module:
+    """What to call in place of ``objective``. FSDP changes the objective itself: its parameters become DTensors."""
     if strategy == "fsdp":
         blocks = [module for module in objective.modules() if isinstance(module, Block)]
         for module in [*blocks, objective]:
@@ -76,7 +84,7 @@ def spread(objective: Objective, place: Place, strategy: Literal["ddp", "fsdp"],
         return objective
     if place.world == 1:
         return objective
-    return DistributedDataParallel(objective, find_unused_parameters=game)
+    return DistributedDataParallel(objective, find_unused_parameters=objective.partial)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ class Recipe:
     build: Callable[[Any, Mapping[str, Artifact], str | None], Objective]  # (stage config, inputs, start)
     evaluate: Callable[[Any, Batch], dict[str, float]]  # (objective, held-out images) -> sums over them, by name
     save: Callable[[Any, Any, str], None]  # (objective, stage config, folder)
-    score: str  # held-out figures whose names begin so are errors; their mean tells which checkpoint is best
+    scores: tuple[str, ...]  # held-out figures whose names begin so are errors: the mean of the first there are counts
     pictures: Callable[[Any, Tensor], list[np.ndarray]] | None = (
         None  # (objective, uint8 images) -> uint8 [H, W, 3] each
     )
@@ -179,20 +179,20 @@ def save_probe(objective: ProbeObjective, config: JudgeStageConfig, folder: str)
 
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "base": Recipe(build_base_objective, evaluate_base, save_base_tokenizer, "l1", draw_base),
-        "distill": Recipe(build_distill_objective, evaluate_tokenizer, save_tokenizer, "l1", draw_tokenizer),
+        "base": Recipe(build_base_objective, evaluate_base, save_base_tokenizer, ("l1",), draw_base),
+        "distill": Recipe(build_distill_objective, evaluate_tokenizer, save_tokenizer, ("l1",), draw_tokenizer),
         "finetune": Recipe(
             build_finetune_objective,
             evaluate_tokenizer,
             save_tokenizer,
-            "perceptual",
+            ("perceptual", "l1"),
             draw_tokenizer,
             rivals=lambda config: {"discriminator": config.discriminator},
             goes_on=True,
         ),
         **{
             f"probe_{target}": Recipe(
-                build_probe_objective, evaluate_probe, save_probe, "loss", crops=False, targets=(target,)
+                build_probe_objective, evaluate_probe, save_probe, ("loss",), crops=False, targets=(target,)
             )
             for target in ("label", "depth", "mask")
         },

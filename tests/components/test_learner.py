@@ -25,7 +25,7 @@ from components.config import (
 from components.images import Share
 from components.train.data import Batch
 from components.train.journal import out_of_memory
-from components.train.learner import Diverged, Learner, TrainRun
+from components.train.learner import Diverged, Learner, TrainRun, step_generator
 from components.train.parallel import Place
 from model import SIZES, AlitTokenizer
 from model.base.files import save_base
@@ -56,6 +56,7 @@ class Case:
 
     run: TrainRun
     images: Tensor  # [STEPS, BATCH, 3, 64, 64]
+    fresh: bool = False  # prepared with the first batch
 
 
 def training(steps: int = 20, **more: Any) -> TrainConfig:
@@ -67,16 +68,17 @@ def base_run(train: TrainConfig | None = None, **resources: Any) -> TrainRun:
     return made_run("base", config, {}, **resources)
 
 
-def distill_run(folder: Path, **resources: Any) -> TrainRun:
+def distill_run(folder: Path, *, fresh: bool = False, sampled: int = 2, **resources: Any) -> TrainRun:
     tokenizer = AlitTokenizer.load(STARTER)
     save_base(tokenizer.base, tokenizer.config.base, folder)
     config = DistillStageConfig(
         image_size=64,
         tokenizer=tokenizer.config,
-        objective=DistillConfig(sampled_rollouts=2, pixel_weight=10.0),
-        train=training(),
+        objective=DistillConfig(sampled_rollouts=sampled, pixel_weight=10.0),
+        train=training(seed=4),  # of one rollout a step it draws the first one twice
     )
-    return made_run("distill", config, {"base": BaseTokenizer(str(folder), "")}, start=str(STARTER), **resources)
+    start = None if fresh else str(STARTER)
+    return made_run("distill", config, {"base": BaseTokenizer(str(folder), "")}, start=start, **resources)
 
 
 def finetune_run(**resources: Any) -> TrainRun:
@@ -115,6 +117,8 @@ def worker(rank: int, world: int, folder: str, case: Case) -> None:
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world, timeout=timedelta(seconds=120)
     )
     learner = Learner(case.run, Place(rank, world))
+    if case.fresh:
+        learner.prepare(Batch(case.images[0][learner.share.start : learner.share.stop]))
     losses = go(learner, case.images)
     state = learner.state()
     if rank == 0:
@@ -123,10 +127,10 @@ def worker(rank: int, world: int, folder: str, case: Case) -> None:
     os._exit(0)  # gloo's threads and the interpreter can wait for each other when both end; Ray kills its workers too
 
 
-def on_workers(world: int, folder: Path, run: TrainRun) -> tuple[list[float], dict[str, Any]]:
+def on_workers(world: int, folder: Path, run: TrainRun, fresh: bool = False) -> tuple[list[float], dict[str, Any]]:
     folder.mkdir()
     images = torch.stack([photographs(36)[torch.randperm(36)[:BATCH]] for _ in range(STEPS)])
-    torch.multiprocessing.spawn(worker, args=(world, str(folder), Case(run, images)), nprocs=world)
+    torch.multiprocessing.spawn(worker, args=(world, str(folder), Case(run, images, fresh)), nprocs=world)
     result = torch.load(folder / "result.pt", weights_only=True)
     return result["losses"], result["state"]
 
@@ -155,6 +159,18 @@ def test_the_same_curve_on_1_2_4_and_5_workers(tmp_path: Path) -> None:
     for world in (2, 4, 5):
         torch.manual_seed(5)
         compare(on_workers(world, tmp_path / str(world), base_run()), whole)
+
+
+@pytest.mark.slow
+def test_fresh_weights_and_single_rollouts_are_the_same_on_5_workers(tmp_path: Path) -> None:
+    """A local start takes its codebook from the whole batch, and parameters that a step leaves out end nothing."""
+    drawn = [int(torch.randperm(8, generator=step_generator(4, step))[0]) for step in range(STEPS)]
+    assert 0 in drawn[:-1]
+    run = distill_run(tmp_path / "base", fresh=True, sampled=1)
+    torch.manual_seed(5)
+    whole = on_workers(1, tmp_path / "1", run, fresh=True)
+    torch.manual_seed(5)
+    compare(on_workers(5, tmp_path / "5", run, fresh=True), whole)
 
 
 @pytest.mark.slow
@@ -204,6 +220,14 @@ def test_a_step_without_a_finite_gradient_is_skipped_and_counted() -> None:
     go(learner, images)
     assert learner.skips.tolist() == [1, 0]
     assert any(not torch.equal(p, before[name]) for name, p in parameters.items())
+
+
+def test_a_player_that_never_moves_is_noticed_though_the_other_does() -> None:
+    learner, images = Learner(finetune_run(max_skipped=3), Place(0, 1)), photographs(BATCH)
+    next(iter(learner.players["model"].parameters.values())).register_hook(lambda gradient: gradient * float("nan"))
+    with pytest.raises(Diverged, match="4 steps in a row"):
+        for _ in range(6):
+            learner.check_finite(learner.step(Batch(images)))
 
 
 def test_too_many_in_a_row_end_the_training() -> None:

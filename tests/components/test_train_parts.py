@@ -1,6 +1,7 @@
 """The parts of the training loop: optimizer groups, learning rate, moving average, batches."""
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from components.config import OptimizerConfig, TrainConfig
 from components.images import Share, recolour
-from components.train.data import Batch, CachedBatches
+from components.train.data import Batch, CachedBatches, StreamedBatches
 from components.train.learner import Learner, TrainRun
 from components.train.optimizer import MovingAverage, build_optimizer, learning_rate
 from components.train.parallel import Place
@@ -73,6 +74,24 @@ def test_batches_depend_on_seed_and_step_alone(world: int) -> None:
         assert torch.equal(torch.cat([rank.at(step).images for rank in ranks]), alone.at(step).images)
     epoch = torch.cat([alone.at(step).images[:, 0, 0, 0] for step in range(6)])
     assert len(epoch.unique()) == 48
+
+
+class Stream:
+    """What Ray Train hands a worker: five batches an epoch, numbered on."""
+
+    def __init__(self) -> None:
+        self.epoch = 0
+
+    def iter_batches(self, **_: Any) -> Iterator[dict[str, np.ndarray]]:
+        self.epoch += 1
+        for number in range(5 * (self.epoch - 1), 5 * self.epoch):
+            yield {"image_id": np.array(["x"]), "image": np.full((1, 3, 2, 2), number, np.uint8)}
+
+
+def test_a_streamed_batch_stays_that_of_its_step_however_often_it_is_asked_for() -> None:
+    batches = StreamedBatches(Stream(), share=Share(0, 1, 1), skip=2)  # type: ignore[arg-type]
+    seen = [int(batches.at(step).images[0, 0, 0, 0]) for step in (2, 2, 3, 4, 4, 5, 6)]
+    assert seen == [2, 2, 3, 4, 4, 5, 6]
 
 
 def test_recolour_keeps_shape_range_and_its_share() -> None:
