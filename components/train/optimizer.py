@@ -27,7 +27,7 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], config: OptimizerCon
 
 
 def learning_rate(step: int, num_steps: int, settings: OptimizerConfig, batch_size: int) -> float:
-    """The rate of ``step`` (from 0): linear warm-up, then half a cosine down to min_lr at the last step."""
+    """The rate of ``step`` (from 0): linear warm-up, then half a cosine that reaches min_lr where ``num_steps`` end."""
     peak = settings.lr if settings.lr is not None else settings.base_lr * batch_size / 256
     warmup = min(settings.warmup_steps, num_steps // 2)
     if step < warmup:
