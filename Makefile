@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/alit run pipelines/configs/demo.yaml
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,22 +1,32 @@
 """How the tests are shared out among processes (`make test`)."""
 
+from typing import Any
+
 import pytest
 
-SHARED = ("finished", "unbroken")  # runs that tests of several files look at
+# Files whose tests look at the same run: one process makes it for all of them. Other files stay whole too.
+FINISHED = ("test_invariance", "test_main_path", "test_mlflow", "test_report", "test_rerun")
+TOGETHER = {f"tests/integration/{name}.py": "finished" for name in FINISHED} | {
+    f"tests/faults/{name}.py": "unbroken" for name in ("test_driver", "test_training")
+}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRun(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByRun(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """One process makes each shared run, once; other files stay whole. The slow ones begin, the quick fill the end."""
-    for item in items:
-        file = item.nodeid.partition("::")[0]
-        run = next((name for name in SHARED if name in getattr(item, "fixturenames", ())), file)
-        item.add_marker(pytest.mark.xdist_group(run))
-    items.sort(key=_rank)
+    """What takes long begins, so that the quick ones fill the end."""
+    items.sort(key=lambda item: (group_of(item.nodeid) not in TOGETHER.values(), not item.get_closest_marker("slow")))
 
 
-def _rank(item: pytest.Item) -> int:
-    group = next(item.iter_markers("xdist_group")).args[0]
-    if group in SHARED:
-        return SHARED.index(group)
-    return len(SHARED) + (item.get_closest_marker("slow") is None)
+def group_of(nodeid: str) -> str:
+    file = nodeid.partition("::")[0]
+    return TOGETHER.get(file, file)
