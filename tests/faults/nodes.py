@@ -106,9 +106,10 @@ def cluster(workers: int) -> Iterator[Cluster]:
     made = Cluster(home, f"127.0.0.1:{port}", variables)
     try:
         made.add("--head", f"--port={port}", f"--temp-dir={home}/r", "--include-dashboard=false")
-        _wait_until_up(made)
-        for _ in range(workers):
+        _wait_for_nodes(made, 1)
+        for number in range(workers):  # one by one: of two that start at once on one machine one may not join
             made.add(f"--address={made.address}")
+            _wait_for_nodes(made, number + 2)
         yield made
     finally:
         for node in reversed(made.nodes):
@@ -118,9 +119,12 @@ def cluster(workers: int) -> Iterator[Cluster]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def _wait_until_up(made: Cluster) -> None:
-    deadline = time.monotonic() + 120
+def _wait_for_nodes(made: Cluster, number: int) -> None:
+    deadline = time.monotonic() + 180
     command = [RAY, "status", f"--address={made.address}"]
-    while subprocess.run(command, env=made.variables, capture_output=True, check=False).returncode != 0:
-        assert time.monotonic() < deadline, "the head did not start"
+    while True:
+        status = subprocess.run(command, env=made.variables, capture_output=True, text=True, check=False)
+        if len(re.findall(r"^ 1 node_", status.stdout, re.MULTILINE)) >= number:
+            return
+        assert time.monotonic() < deadline, status.stdout + status.stderr
         time.sleep(1)

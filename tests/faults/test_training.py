@@ -71,7 +71,7 @@ def kill_a_worker(run: Run, fault: str, *, since: int) -> None:
 
 def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(tmp_path: Path) -> None:
     elastic = ("training.workers={min: 1, max: 2}", "training.cpus_per_worker=1", "training.resize_s=2")
-    steps = ("training.distill.further_steps=60", "training.distill.batch_size=8")
+    steps = ("training.distill.further_steps=100", "training.distill.batch_size=8")
     with cluster(workers=2) as nodes:
         variables = nodes.variables | {"RAY_ADDRESS": nodes.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
         run = start(run_of(tmp_path / "w", *LONG, *elastic, *steps), tmp_path / "log", variables)
