@@ -31,9 +31,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` for example, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except ConnectionError as error:
+    except Exception as error:
+        return _refused(error)
+
+
+def _refused(error: Exception) -> int:
+    """Say what kept a command from its work; raises what is a fault of the program. Its imports aren't for --help."""
+    from components.artifacts import WorkspaceError
+    from pipelines.summary import lines_of_refusal
+
+    if isinstance(error, WorkspaceError):
+        for line in lines_of_refusal(error):
+            _out.error("%s", line)
+    elif isinstance(error, ConnectionError):
         _out.error("error: %s", error)
-        return 1
+    else:
+        raise error
+    return 1
 
 
 def _configure_output() -> None:
@@ -125,32 +139,25 @@ def _config(options: argparse.Namespace) -> "AnyConfig":
 
 
 def _run(options: argparse.Namespace) -> int:
-    from components.artifacts import WorkspaceError
     from pipelines.build import build, options_of
     from pipelines.runner import run
-    from pipelines.summary import lines_of, lines_of_refusal
+    from pipelines.summary import lines_of
 
     config = _config(options)
     pipeline = build(config)
     for name in (*options.force, *([options.until] if options.until else [])):
         _known_stage(pipeline.names, name)
-    try:
-        record = run(
-            pipeline,
-            workspace=config.workspace,
-            options=options_of(config, pipeline, force=options.force, until=options.until),
-        )
-    except WorkspaceError as error:
-        for line in lines_of_refusal(error):
-            _out.error("%s", line)
-        return 1
+    record = run(
+        pipeline,
+        workspace=config.workspace,
+        options=options_of(config, pipeline, force=options.force, until=options.until),
+    )
     for line in lines_of(record):
         _out.info("%s", line)
     return record.exit_code
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from components.artifacts import WorkspaceError
     from pipelines.submit import Request, follow, send
 
     until = ["--until", options.until] if options.until else []
@@ -162,13 +169,9 @@ def _submit(options: argparse.Namespace) -> int:
         environment=options.env,
         working_dir=options.working_dir,
     )
-    try:
-        job = send(request, _say)
-        if not options.no_wait:
-            return follow(job, _say)
-    except WorkspaceError as error:
-        _out.error("error: %s", error)
-        return 1
+    job = send(request, _say)
+    if not options.no_wait:
+        return follow(job, _say)
     for line in job.commands():
         _say(line)
     return 0
@@ -208,7 +211,6 @@ def _say_plan(pipeline: "Pipeline", workspace: str, force: tuple[str, ...]) -> i
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    from components.artifacts import WorkspaceError
     from pipelines.build import build, options_of
     from pipelines.runner import run
     from pipelines.summary import lines_of
@@ -218,11 +220,7 @@ def _sweep(options: argparse.Namespace) -> int:
     pipeline = build_sweep(options.config, options.set)
     if options.plan:
         return _say_plan(pipeline, config.workspace, ())
-    try:
-        record = run(pipeline, workspace=config.workspace, options=options_of(config, build(config)))
-    except WorkspaceError as error:
-        _out.error("error: %s", error)
-        return 1
+    record = run(pipeline, workspace=config.workspace, options=options_of(config, build(config)))
     compared = comparison_lines(record[COMPARE].uri) if record.exit_code == 0 else ()
     for line in (*lines_of(record), "", *compared):
         _out.info("%s", line)
@@ -270,19 +268,13 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _select(options: argparse.Namespace) -> int:
-    from components.artifacts import WorkspaceError
     from pipelines.choose import choose_again
 
     config = _config(options)
     given = {"max": options.max, "min": options.min, "ratio": options.within, "mean": options.mean_tokens}
-    try:
-        lines = choose_again(config, options.task, {name: value for name, value in given.items() if value is not None})
-        for line in lines:
-            _out.info("%s", line)
-    except WorkspaceError as error:
-        _out.error("error: %s", error)
-        return 1
-    return 0
+    return _say_all(
+        choose_again(config, options.task, {name: value for name, value in given.items() if value is not None})
+    )
 
 
 def _promote(options: argparse.Namespace) -> int:
@@ -298,14 +290,9 @@ def _rollback(options: argparse.Namespace) -> int:
 
 
 def _gc(options: argparse.Namespace) -> int:
-    from components.artifacts import WorkspaceError
     from pipelines.garbage import collect
 
-    try:
-        return _say_all(collect(_config(options), delete=options.delete, keep_runs=options.keep_runs))
-    except WorkspaceError as error:
-        _out.error("error: %s", error)
-        return 1
+    return _say_all(collect(_config(options), delete=options.delete, keep_runs=options.keep_runs))
 
 
 def _say_all(lines: Iterable[str]) -> int:
