@@ -34,12 +34,11 @@ from components.config import (
     TrainResources,
 )
 from components.rules import columns_of
-from components.sources import DEMO
 from components.task_config import TaskConfig
 from model.config import SIZES, AlitConfig, BaseObjectiveConfig, DistillConfig
 from model.recipes import FinetuneConfig
 from model.starter import STARTER_NAME
-from pipelines.paths import absolute, with_analysis_paths
+from pipelines.paths import with_paths
 
 READY = Path(__file__).parent / "configs"
 MODEL = re.compile(r"models:/(?P<name>[A-Za-z0-9_.-]+)(@[A-Za-z0-9_.-]+|/[1-9][0-9]*)")
@@ -273,7 +272,7 @@ def load_config(path: str, overrides: Sequence[str] = (), *, folders_exist: bool
     for override in overrides:
         _override(raw, override)
     try:
-        checked = _with_paths(_rerun(raw) if "model" in raw else _with_sizes(raw))
+        checked = with_paths(_rerun(raw) if "model" in raw else _with_sizes(raw))
         kind: type[AnyConfig] = RerunConfig if "model" in raw else RunConfig
         return kind.model_validate(checked, context={"folders_exist": folders_exist})
     except ValidationError as error:
@@ -322,42 +321,6 @@ def _child(place: Any, name: str, text: str) -> Any:
     if isinstance(place, list) and name.isdigit() and int(name) < len(place):
         return place[int(name)]
     raise ConfigError(f"--set {text!r}: there is nothing at {name!r} to set")
-
-
-def _with_paths(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with local files as absolute paths: workers have another working directory."""
-    made = _with_path(raw, "quality", "inception")
-    data, tasks = raw.get("data"), raw.get("tasks")
-    source = data.get("source") if isinstance(data, dict) else None
-    if isinstance(data, dict) and isinstance(source, str) and source != DEMO and "://" not in source:
-        made["data"] = {**data, "source": absolute(source)}
-    training = raw.get("training")
-    objective = training.get("finetune_objective") if isinstance(training, dict) else None
-    if isinstance(training, dict) and isinstance(objective, dict):
-        made["training"] = {**training, "finetune_objective": _with_path(objective, "perceptual", "weights")}
-    analyze = raw.get("analyze")
-    if isinstance(analyze, dict):
-        made["analyze"] = with_analysis_paths(analyze)
-    if isinstance(tasks, list):
-        made["tasks"] = [_with_task_paths(task) if isinstance(task, dict) else task for task in tasks]
-    return made
-
-
-def _with_task_paths(task: Mapping[str, Any]) -> dict[str, Any]:
-    made = dict(task)
-    kind, _, place = str(task.get("judge", "")).partition(":")
-    if kind in ("torchscript", "onnx"):
-        made["judge"] = f"{kind}:{absolute(place)}"
-    for section, name in (("judge_options", "classes"), ("perceptual", "weights")):
-        made = _with_path(made, section, name)
-    return made
-
-
-def _with_path(raw: Mapping[str, Any], section: str, name: str) -> dict[str, Any]:
-    values = raw.get(section)
-    if isinstance(values, dict) and isinstance(values.get(name), str):
-        return {**raw, section: {**values, name: absolute(values[name])}}
-    return dict(raw)
 
 
 def _rerun(raw: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -1,7 +1,5 @@
 """The stages that measure: a judge for each task that has one, and the scores of all tasks."""
 
-import hashlib
-from pathlib import Path
 from typing import Any
 
 from components.plugins import source_digest
@@ -21,6 +19,7 @@ from model.weights import efficientnet_weights, perceptual_weights
 from pipelines.config import ConfigError, PipelineConfig, RunConfig
 from pipelines.dag import Stage
 from pipelines.demands import TokenizerStage, inference_demand, training_demand
+from pipelines.paths import digest_of
 
 
 def judge_stages(config: RunConfig) -> list[Stage]:
@@ -62,19 +61,12 @@ def _origin(task: TaskConfig) -> dict[str, Any]:
     if kind in ("probe", "efficientnet-lite0"):
         files["backbone"] = str(efficientnet_weights())
     own = {place: source_digest(place) for place in (task.judge, task.kind) if _is_own(place)}
-    return {name: _digest(path) for name, path in files.items()} | own
+    return {name: digest_of(path, "tasks:") for name, path in files.items()} | own
 
 
 def _is_own(place: str) -> bool:
     kind = place.partition(":")[0]
     return place not in TASK_KINDS and kind not in JUDGE_KINDS and OWN.fullmatch(place) is not None
-
-
-def _digest(path: str) -> str:
-    try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError as error:
-        raise ValueError(f"tasks: {path!r} can't be read: {error.strerror}") from error
 
 
 def score_stage(config: PipelineConfig, tokenizer: TokenizerStage) -> Stage:
@@ -112,7 +104,7 @@ def _score(config: PipelineConfig, tokenizer: TokenizerStage) -> Stage:
         },
         fingerprint={
             **{task.kind: source_digest(task.kind) for task in judged if _is_own(task.kind)},
-            **({"perceptual": _digest(str(weights))} if weights else {}),
+            **({"perceptual": digest_of(str(weights), "tasks:")} if weights else {}),
         },
         demand=inference_demand(config),
         headline=(*(f"{columns[0]}@{budget}" for budget in (tokenizer.budgets[0], tokenizer.budgets[-1])), "scored"),

@@ -1,8 +1,6 @@
 """The stages from scores on: counts, packed tokens, whole-set quality, the matrix; and what of them is published."""
 
-import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from components.config import (
@@ -14,10 +12,11 @@ from components.config import (
 )
 from components.rules import column
 from components.task_config import TaskConfig
-from pipelines.config import ConfigError, PipelineConfig
+from pipelines.config import ConfigError, PipelineConfig, user_errors
 from pipelines.dag import Stage
 from pipelines.demands import TokenizerStage, inference_demand
 from pipelines.judging import judges_of
+from pipelines.paths import digest_of
 
 
 def stages_from_scores(config: PipelineConfig, tokenizer: TokenizerStage) -> list[Stage]:
@@ -122,9 +121,8 @@ def _inception(file: str | None) -> dict[str, Any]:
     """The weights that rFID is measured with, by their content; raises ConfigError when they aren't there."""
     if file is None:
         return {}
-    if not Path(file).is_file():
-        raise ConfigError(f"quality.inception = {file!r}: no such file")
-    return {"inception": hashlib.sha256(Path(file).read_bytes()).hexdigest()}
+    with user_errors():
+        return {"inception": digest_of(file, "quality.inception =")}
 
 
 def _matrix(config: PipelineConfig, tokenizer: TokenizerStage) -> list[Stage]:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from components.artifacts import join, read_bytes
@@ -24,6 +23,7 @@ from pipelines.config import ConfigError, PipelineConfig, RunConfig
 from pipelines.dag import Demand, Pipeline, Stage
 from pipelines.demands import TokenizerStage, inference_demand, trained, training_demand
 from pipelines.judging import judge_stages, judges_of, score_stage
+from pipelines.paths import digest_of
 from pipelines.reporting import report_stage
 from pipelines.selection import published, stages_from_scores
 
@@ -137,12 +137,10 @@ def _distance(weights: str | None) -> dict[str, Any]:
     if weights is None:
         return {}
     try:
-        return {"perceptual": hashlib.sha256(Path(weights).read_bytes()).hexdigest()}
-    except OSError as error:
-        raise ConfigError(
-            f"training.finetune_objective.perceptual.weights = {weights!r} can't be read: {error.strerror}; allowed "
-            "are a file that every node has, and kind efficientnet, whose weights come with the extra judges"
-        ) from error
+        return {"perceptual": digest_of(weights, "training.finetune_objective.perceptual.weights =")}
+    except ValueError as error:
+        allowed = "a file that every node has, and kind efficientnet, whose weights come with the extra judges"
+        raise ConfigError(f"{error}; allowed are {allowed}") from error
 
 
 def _start(folder: str | None) -> dict[str, Any]:
