@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from components import buckets
+from model.config import AlitConfig
 
 Figures = dict[str, float | int | str]
 
@@ -358,7 +359,7 @@ def archive_header(tokenizer_uri: str) -> dict[str, Any]:
     """What an archive says of its tokenizer: the digest of its weights, its codebook and where it stood."""
     weights = read_bytes(join(tokenizer_uri, "weights.safetensors"))
     config = read_json(join(tokenizer_uri, "config.json"))["config"]
-    size, width = config["codebook_size"], config["latent_dim"] or config["encoder_width"]
+    size, width = config["codebook_size"], AlitConfig.from_dict(config).channels_per_latent
     return {
         "digest": hashlib.sha256(weights).hexdigest(),
         "uri": tokenizer_uri,

@@ -7,6 +7,7 @@ from typing import Any
 from components.artifacts import ImageSet, ScoreTable, TokenCounts, Tokenizer, join, read_json
 from components.scores import budgets_of
 from components.software import lineage_tags
+from model.config import AlitConfig
 
 LIMITS = (  # one line: MLflow's page keeps line breaks
     "## Licence and limits\n\n"
@@ -47,15 +48,11 @@ class Card:
         return "\n\n".join([self._what(), self._quality(), self._rules(), LIMITS, self._use(), self._lineage()]) + "\n"
 
     def _what(self) -> str:
-        config = read_json(join(self.tokenizer.uri, "config.json"))["config"]
+        config = AlitConfig.from_dict(read_json(join(self.tokenizer.uri, "config.json"))["config"])
         budgets, counts = budgets_of(self.scores), self.images.manifest.counts
-        height, width = config["image_size"]
-        codebook = config["codebook_size"]
-        tokens = (
-            f"indices into {codebook} codes"
-            if codebook
-            else f"vectors of {config['latent_dim'] or config['encoder_width']} numbers"
-        )
+        height, width = config.image_size
+        codebook = config.codebook_size
+        tokens = f"indices into {codebook} codes" if codebook else f"vectors of {config.channels_per_latent} numbers"
         return (
             f"# {self.name}\n\nAn adaptive-length image tokenizer (ALIT, arXiv 2411.02393): an image of "
             f"{width} x {height} px becomes {budgets[0]} to {budgets[-1]} tokens, as many as it needs. "
