@@ -109,17 +109,16 @@ def read_train(images: ImageSet, decode: Decode, threads: int) -> dict[str, np.n
         table = pq.read_table(f"{folder}/{name}", filesystem=store, columns=decode.columns)
         return decode(decode.rows(table, "train"))
 
-    whole = {
-        column: np.empty((len(places), *values.shape[1:]), values.dtype)
-        for column, values in read(next(iter(rows))).items()
-    }
-
-    def fill(name: str) -> None:
-        for column, values in read(name).items():
+    def put(name: str, part: Mapping[str, np.ndarray]) -> None:
+        for column, values in part.items():
             whole[column][rows[name]] = values
 
+    first, *others = rows
+    part = read(first)
+    whole = {column: np.empty((len(places), *values.shape[1:]), values.dtype) for column, values in part.items()}
+    put(first, part)
     with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(fill, rows))
+        list(pool.map(lambda name: put(name, read(name)), others))
     return whole
 
 
