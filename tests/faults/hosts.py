@@ -4,7 +4,6 @@ Beside them, on the bridge: a real S3 API and an MLflow server, as a team has th
 """
 
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -19,7 +18,7 @@ from typing import Any
 import psutil
 from moto.server import ThreadedMotoServer
 
-from tests.faults.nodes import RAY, Run
+from tests.faults.nodes import RAY, Run, nodes_in
 from tests.integration.conftest import ALIT, ROOT, Result, environment
 from tests.s3_server import KEYS, reset
 
@@ -140,7 +139,7 @@ class Hosts:
                 text=True,
                 check=False,
             )
-            if len(re.findall(r"^ 1 node_", status.stdout, re.MULTILINE)) >= number:
+            if nodes_in(status.stdout) >= number:
                 return
             if time.monotonic() > deadline:
                 logs = "".join(log.read_text() for log in sorted(self.folder.glob("host*.log")))

@@ -100,7 +100,7 @@ def cluster(workers: int) -> Iterator[Cluster]:
     home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets below it have at most 107 characters
     variables = environment() | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
-    variables |= {"PYTHONPATH": str(ROOT), "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0"}  # 30 s for Ray Serve alone
+    variables["PYTHONPATH"] = str(ROOT)
     subprocess.run([RAY, "get-auth-token", "--generate"], env=variables, check=True, capture_output=True)
     port = free_port()
     made = Cluster(home, f"127.0.0.1:{port}", variables)
@@ -119,12 +119,17 @@ def cluster(workers: int) -> Iterator[Cluster]:
         shutil.rmtree(home, ignore_errors=True)
 
 
+def nodes_in(status: str) -> int:
+    """How many are alive in what `ray status` says."""
+    return len(re.findall(r"^ 1 node_", status, re.MULTILINE))
+
+
 def _wait_for_nodes(made: Cluster, number: int) -> None:
     deadline = time.monotonic() + 180
     command = [RAY, "status", f"--address={made.address}"]
     while True:
         status = subprocess.run(command, env=made.variables, capture_output=True, text=True, check=False)
-        if len(re.findall(r"^ 1 node_", status.stdout, re.MULTILINE)) >= number:
+        if nodes_in(status.stdout) >= number:
             return
         assert time.monotonic() < deadline, status.stdout + status.stderr
         time.sleep(1)

@@ -76,8 +76,6 @@ def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(tmp_path: Path) -
         variables = nodes.variables | {"RAY_ADDRESS": nodes.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
         run = start(run_of(tmp_path / "w", *LONG, *elastic, *steps), tmp_path / "log", variables)
         run.wait_for(r"distill +step 1[2-9]/")
-        if sum(len(workers_below(node.pid)) for node in nodes.nodes) < 2:  # a node was late: the group grows first
-            run.wait_for(r"going on from step \d+ with 2 workers[\s\S]*distill +step \d+/")
         assert sum(len(workers_below(node.pid)) for node in nodes.nodes) == 2
         victim = next(node for node in nodes.nodes[1:] if workers_below(node.pid))
         reached = step_reached(run)

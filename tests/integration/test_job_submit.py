@@ -43,10 +43,7 @@ def head() -> Iterator[Head]:
     """`ray start --head` in a process of its own, with a token of its own, stopped by ending that process."""
     home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets below it have at most 107 characters
     variables = environment() | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
-    variables |= {
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # 30 s for Ray Serve alone
-        "RAY_JOB_STOP_WAIT_TIME_S": "60",  # after 3 s a job that is stopped would be killed: too soon on a busy machine
-    }
+    variables["RAY_JOB_STOP_WAIT_TIME_S"] = "60"  # a stopped job would be killed after 3 s, on a busy machine too soon
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
     subprocess.run([RAY, "get-auth-token", "--generate"], env=variables, check=True, capture_output=True)
     dashboard = free_port()
