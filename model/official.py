@@ -112,8 +112,8 @@ def to_official(tokenizer: AlitTokenizer) -> dict[str, Tensor]:
 def official_config(arguments: Mapping[str, Any]) -> AlitConfig:
     """Our config for the authors' arguments; those left out have their defaults, names without effect are ignored.
 
-    Halting is off for a VAE whatever they say: the authors' code never halts there. Raises
-    ValueError for what isn't supported.
+    Halting is off for a VAE whatever they say: the authors' code never halts there. Raises ValueError for what isn't
+    supported.
     """
     given = {**_DEFAULTS, **arguments}
     if not given["vq_use_l2_norm"]:
