@@ -342,28 +342,6 @@ class ReportConfig(Settings):
     examples: Annotated[int, Field(ge=0, le=48)] = 12  # images shown with their reconstructions, easy to hard
 
 
-class ReportStageConfig(Settings):
-    """What decides the page, besides the artifacts that it is about."""
-
-    settings: ReportConfig = ReportConfig()
-    model_name: str  # that the tokenizer is registered under
-    version: PositiveInt | None = None  # as which; none: it will be, after this
-
-    @property
-    def model(self) -> str:
-        """For people."""
-        return self.model_name if self.version is None else f"{self.model_name}, version {self.version}"
-
-    @property
-    def model_uri(self) -> str:
-        """For MLflow."""
-        return (
-            f"models:/{self.model_name}@champion"
-            if self.version is None
-            else f"models:/{self.model_name}/{self.version}"
-        )
-
-
 class ReportResources(Settings):
     """What the page also shows, and is not made again for."""
 

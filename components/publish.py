@@ -16,7 +16,6 @@ from components.artifacts import (
     Job,
     Judge,
     LengthModel,
-    Report,
     ScoreTable,
     TokenCounts,
     Tokenizer,
@@ -120,11 +119,6 @@ def _log(job: Job, config: TablesConfig, results: _Results) -> None:
     for row, picture in enumerate(_pictures(results, first, config.pictures)):
         tracker.picture(picture, f"reconstructions_{row:02d}")
         job.progress(f"picture {row + 1}/{config.pictures}")
-    for artifact in results.by_task.values():
-        if isinstance(artifact, Report):
-            with local_folder(artifact.uri) as folder:
-                tracker.artifact(Path(folder, "report.html"))
-                tracker.parent.artifact(Path(folder, "report.html"))
 
 
 def _register_judges(tracker: Tracker, config: PublishConfig, by_task: Mapping[str, Artifact]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The rerun pipeline: new images, tokenized by a registered model, with the tokens that each task needs."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from components.config import NoConfig, RegisteredModel, TablesConfig
@@ -30,12 +31,9 @@ def build(config: RerunConfig) -> Pipeline:
     stages = [_ingest(config), _model(found), *judges]
     stages += [tokenize_stage(config, tokenizer), score_stage(config, tokenizer)]
     stages += [*stages_from_scores(config, tokenizer), *_drift(config, found)]
-    model = found.model
-    stages.append(report_stage(config, tokenizer, stages, model_name=model.name, version=model.version))
-    publish = _publish(config, found)
-    stages.append(replace(publish, needs=published(config, tokenizer, stages)))
+    stages.append(_publish(config, found, published(config, tokenizer, stages)))
     version = f"{config.model} is version {found.model.version}, weights {found.digest[:12]}, in {redact(registry)}"
-    return Pipeline("rerun", tuple(stages), facts={"model": version})
+    return Pipeline("rerun", (*stages, report_stage(config, tokenizer, stages)), facts={"model": version})
 
 
 def _sized(config: RerunConfig, found: Found) -> RerunConfig:
@@ -101,14 +99,15 @@ def _drift(config: RerunConfig, found: Found) -> list[Stage]:
     return [stage]
 
 
-def _publish(config: RerunConfig, found: Found) -> Stage:
+def _publish(config: RerunConfig, found: Found, needs: Mapping[str, str]) -> Stage:
     return Stage(
         "publish",
         run="components.publish:publish_tables",
         produces="Publication",
-        version="3",
+        version="4",
         config=TablesConfig(pictures=config.publish.pictures),
         resources=_registered(found.model),
+        needs=needs,
         fingerprint={"model": found.model.name, "version": found.model.version},
         headline=("model", "version"),
     )

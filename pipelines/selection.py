@@ -152,14 +152,7 @@ def published(config: PipelineConfig, tokenizer: TokenizerStage, made: Sequence[
     """What of the stages ``made`` is published."""
     archives = {f"archive_{task.name}": f"pack.{task.name}" for task in config.tasks}
     lengths = {f"length_{task.name}": f"length.{task.name}" for task in config.tasks}
-    found = {
-        "quality": "quality",
-        "matrix": "matrix",
-        "drift": "drift",
-        "report": "report",
-        "analyze": "analyze",
-        **lengths,
-    }
+    found = {**{name: name for name in ("quality", "matrix", "drift", "analyze")}, **lengths}
     names = {stage.name for stage in made}
     return {
         "images": "ingest",

@@ -35,8 +35,8 @@ def build(config: RunConfig) -> Pipeline:
     stages = [ingest_stage(config), *training, tokenize_stage(config, tokenizer)]
     stages += [*judge_stages(config), score_stage(config, tokenizer), *stages_from_scores(config, tokenizer)]
     stages += analyzing_stages(config, tokenizer)
-    stages.append(report_stage(config, tokenizer, stages, model_name=config.publish.model_name))
-    return Pipeline("train", (*stages, _publish(config, published(config, tokenizer, stages)), _promote(config)))
+    stages += [_publish(config, published(config, tokenizer, stages)), _promote(config)]
+    return Pipeline("train", (*stages, report_stage(config, tokenizer, stages)))
 
 
 def ingest_stage(config: PipelineConfig) -> Stage:
@@ -51,7 +51,7 @@ def ingest_stage(config: PipelineConfig) -> Stage:
         "ingest",
         run="components.ingest:ingest",
         produces="ImageSet",
-        version="3",
+        version="4",
         config=IngestStageConfig(data=config.data, limits=IngestConfig(**limits)),
         resources=IngestResources(**resources),
         fingerprint={"listing": digest},
@@ -174,7 +174,7 @@ def _publish(config: RunConfig, needs: Mapping[str, str]) -> Stage:
         "publish",
         run="components.publish:publish",
         produces="Publication",
-        version="3",
+        version="4",
         config=PublishConfig(**{name: getattr(section, name) for name in PublishConfig.model_fields}),
         resources=NoConfig(),
         needs=needs,
@@ -188,6 +188,7 @@ def _promote(config: RunConfig) -> Stage:
         "promote",
         run="components.score.gate:promote",
         produces="Analysis",
+        version="2",
         config=PromoteConfig(gate=config.publish.gate),
         resources=config.inference.resources(),
         needs={"images": "ingest", "scores": "score", "publication": "publish", **judges_of(config)},

@@ -137,7 +137,7 @@ def percent(share: float | None) -> str:
     return "–" if share is None else f"{share:.0%}"
 
 
-def headline(run: Run, model: str) -> list[Figure]:
+def headline(run: Run) -> list[Figure]:
     """The numbers at the top."""
     counts = run.images.manifest.counts
     found = [Figure("images", short(counts["images"]), f"{counts['val']:,} held out, {counts['rejected']:,} rejected")]
@@ -153,7 +153,7 @@ def headline(run: Run, model: str) -> list[Figure]:
             few, many = (three(known[name].at(budget)) for budget in (smallest, largest))
             note = f"mean of {run.split} images at {smallest} and at {largest} tokens"
             found.append(Figure(metric_label(name), f"{few} → {many}", note))
-    return [*found, Figure("model", model, f"{smallest} to {largest} tokens an image")]
+    return [*found, Figure("model", run.model, f"{smallest} to {largest} tokens an image")]
 
 
 def rules_table(run: Run) -> Table:
@@ -264,13 +264,13 @@ def _section(analysis: Analysis, one: Mapping[str, Any]) -> Section:
     )
 
 
-def lineage_tables(run: Run, model: str) -> list[Table]:
+def lineage_tables(run: Run) -> list[Table]:
     """What the numbers were made from."""
     data = run.images.manifest.config["data"]
     facts = [
         ["data", data["source"]],
         ["digest of its listing", run.images.manifest.fingerprint.get("listing", "")],
-        ["model", model],
+        ["model", run.model],
         ["digest of the tokenizer", _tokenizer_digest(run)],
         *([name, text] for name, text in versions().items()),
         *([["git commit", commit]] if (commit := git_commit()) else []),

@@ -19,6 +19,7 @@ from components.artifacts import (
     Artifact,
     CodeBook,
     ImageSet,
+    Publication,
     ScoreTable,
     TokenArchive,
     TokenCounts,
@@ -43,7 +44,20 @@ class Run:
     tokenizer: Tokenizer
     codes: CodeBook
     scores: ScoreTable
+    publication: Publication
     made: Mapping[str, Artifact]
+
+    @property
+    def model(self) -> str:
+        """As what the tokenizer is registered, for people."""
+        counts = self.publication.manifest.counts
+        return f"{counts['model']}, version {counts['version']}"
+
+    @property
+    def model_uri(self) -> str:
+        """The same for MLflow."""
+        counts = self.publication.manifest.counts
+        return f"models:/{counts['model']}/{counts['version']}"
 
     @cached_property
     def tasks(self) -> "list[Task]":
@@ -82,7 +96,8 @@ class Run:
     @property
     def artifacts(self) -> list[Artifact]:
         """All of them, in the order they were finished."""
-        found = {one.uri: one for one in (self.images, self.tokenizer, self.codes, self.scores, *self.made.values())}
+        named = (self.images, self.tokenizer, self.codes, self.scores, self.publication)
+        found = {one.uri: one for one in (*named, *self.made.values())}
         return sorted(found.values(), key=lambda artifact: (artifact.manifest.created, artifact.manifest.stage))
 
     def analyses(self, file: str) -> Iterator[tuple[Analysis, Any]]:

@@ -5,8 +5,18 @@ from typing import Any
 
 from markupsafe import Markup
 
-from components.artifacts import Artifact, CodeBook, Figures, ImageSet, Job, ScoreTable, Tokenizer, join, write_bytes
-from components.config import ReportResources, ReportStageConfig
+from components.artifacts import (
+    Artifact,
+    CodeBook,
+    Figures,
+    ImageSet,
+    Job,
+    Publication,
+    ScoreTable,
+    Tokenizer,
+    filled_folder,
+)
+from components.config import ReportConfig, ReportResources
 from components.model_card import choice_of
 from components.report import content
 from components.report.examples import KINDS, data_uri, examples_of, rejected_of
@@ -14,7 +24,7 @@ from components.report.plots import draw_bars, draw_curve, draw_histogram
 from components.report.read import Run
 from components.report.timing import gantt
 from components.rules import serves_alone
-from components.tracking import redact
+from components.tracking import Tracker, redact
 
 PAGE = "report.html"
 
@@ -22,33 +32,39 @@ PAGE = "report.html"
 def report(
     job: Job,
     *,
-    config: ReportStageConfig,
+    config: ReportConfig,
     resources: ReportResources,
     images: ImageSet,
     tokenizer: Tokenizer,
     codes: CodeBook,
     scores: ScoreTable,
+    publication: Publication,
     **made: Artifact,
 ) -> Figures:
-    """Write ``report.html``: one page without scripts or addresses to fetch. ``made``: all other artifacts of the run.
+    """Write ``report.html``: one page without scripts or addresses to fetch; MLflow gets a copy.
 
-    What is missing among them, an analysis or the matrix, has no section.
+    ``made``: all other artifacts of the run. What is missing among them, an analysis or the matrix, has no section.
     """
-    run = Run(images, tokenizer, codes, scores, made)
+    run = Run(images, tokenizer, codes, scores, publication, made)
     page = _render(_content(run, config, resources, job)).encode()
-    write_bytes(join(job.output, PAGE), page)
+    tracker = Tracker(**job.tracking)
+    with filled_folder(job.output) as folder:
+        file = Path(folder, PAGE)
+        file.write_bytes(page)
+        for target in (tracker, tracker.parent):
+            target.artifact(file)
     return {"images": images.manifest.counts["images"], "sections": page.count(b"<section"), "bytes": len(page)}
 
 
-def _content(run: Run, config: ReportStageConfig, resources: ReportResources, job: Job) -> dict[str, Any]:
+def _content(run: Run, config: ReportConfig, resources: ReportResources, job: Job) -> dict[str, Any]:
     settings = redact(resources.run_config)
-    examples = examples_of(run, config.settings.examples, job.progress)
+    examples = examples_of(run, config.examples, job.progress)
     return {
-        "model": config.model,
-        "model_uri": config.model_uri,
+        "model": run.model,
+        "model_uri": run.model_uri,
         "choice": choice_of([task.name for task in run.tasks if serves_alone(task.config.rule)], run.budgets),
         "run": run,
-        "headline": content.headline(run, config.model),
+        "headline": content.headline(run),
         "kinds": list(KINDS),
         "examples": examples,
         "example_metric": content.metric_label(run.shown.column),
@@ -70,7 +86,7 @@ def _content(run: Run, config: ReportStageConfig, resources: ReportResources, jo
         "sizes_svg": draw_bars(content.sizes_of(run.shown), unit="bits a mean image") if run.shown.sizes else None,
         "sections": content.sections_of(run),
         "gantt": gantt(run.artifacts),
-        "lineage": content.lineage_tables(run, config.model),
+        "lineage": content.lineage_tables(run),
         "settings": settings,
         "settings_uri": data_uri(settings.encode(), "application/yaml"),
     }

@@ -71,9 +71,10 @@ def promote(
     publication: Publication,
     **judges: Judge,
 ) -> Figures:
-    """Move ``champion`` (and ``previous``) to the published version, or ``challenger``; write ``decision.json``.
+    """Move ``champion`` (and ``previous``) to the published version, or ``challenger``.
 
-    Without a champion it becomes that. Figures: alias, reason, and the two means where there is a gate.
+    Writes ``decision.json`` and ``sections.json``. Without a champion it becomes that. Figures: alias, reason, and the
+    two means where there is a gate.
     """
     tracker = Tracker(**job.tracking)
     made = read_json(join(publication.uri, "publication.json"))
@@ -97,8 +98,15 @@ def promote(
         target.metrics({f"promotion/{name}": value for name, value in means.items()})
     told = {"model": new.name, "version": new.version, "champion_before": old, **asdict(decision), **means}
     write_json(join(job.output, "decision.json"), told)
+    write_json(join(job.output, "sections.json"), {"sections": [_section(told)]})
     write_table(join(job.output, "table"), pa.Table.from_pylist([told]))
     return {"alias": decision.alias, "reason": decision.reason, "version": new.version, **means}
+
+
+def _section(told: Mapping[str, Any]) -> dict[str, Any]:
+    """What a report shows (the contract of ``sections.json``: components/analyze/sections.py)."""
+    finding = f"Version {told['version']} of {told['model']} is now the {told['alias']}: {told['reason']}."
+    return {"id": "promotion", "title": "Champion or challenger", "finding": finding}
 
 
 @dataclass(frozen=True)

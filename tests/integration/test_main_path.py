@@ -18,7 +18,7 @@ from tests.integration.conftest import Workspace, alit, settings
 pytestmark = pytest.mark.slow
 
 STAGES = ["ingest", "base", "distill", "tokenize", "score", "select.reconstruction", "pack.reconstruction"]
-STAGES += ["matrix", "report", "publish", "promote"]
+STAGES += ["matrix", "publish", "promote", "report"]
 
 
 def table(finished: Workspace, stage: str) -> dict[str, list]:

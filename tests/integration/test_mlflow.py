@@ -140,8 +140,10 @@ def test_a_run_says_what_it_was_made_of(finished: Workspace, client: MlflowClien
     images = [file.path for file in client.list_artifacts(distill.info.run_id, "images")]
     steps = {re.split(r"[%+]", path)[2] for path in images if "held_out_00" in path}
     assert steps == {"4"}  # a slider over the steps that were evaluated
-    page = [file.path for file in client.list_artifacts(child(client, "publish").info.run_id)]
-    assert {"report.html", "budgets.json", "counts_reconstruction.json", "rules_reconstruction.json"} <= set(page)
+    tables = [file.path for file in client.list_artifacts(child(client, "publish").info.run_id)]
+    assert {"budgets.json", "counts_reconstruction.json", "rules_reconstruction.json"} <= set(tables)
+    for run in (child(client, "report"), parent):
+        assert "report.html" in [file.path for file in client.list_artifacts(run.info.run_id)]
 
 
 def test_a_version_has_a_card(finished: Workspace, client: MlflowClient) -> None:
@@ -214,7 +216,7 @@ def test_a_model_runs_with_its_stated_requirements_alone(
 
 
 def test_the_page_of_mlflow_shows_it(finished: Workspace, client: MlflowClient, store: str, tmp_path: Path) -> None:
-    distill, publish = child(client, "distill").info, child(client, "publish").info
+    distill, publish, report = (child(client, stage).info for stage in ("distill", "publish", "report"))
     picture = next(
         file.path.removeprefix("images/")
         for file in client.list_artifacts(publish.run_id, "images")
@@ -224,7 +226,8 @@ def test_the_page_of_mlflow_shows_it(finished: Workspace, client: MlflowClient, 
     shown = {
         "runs": (f"{base}/runs", ["train 20", "demo"]),
         "metrics": (f"{base}/runs/{distill.run_id}/model-metrics", ["03 distill (train/"]),
-        "artifacts": (f"{base}/runs/{publish.run_id}/artifacts", ["report.html", "budgets.json", "images"]),
+        "artifacts": (f"{base}/runs/{publish.run_id}/artifacts", ["budgets.json", "images"]),
+        "page": (f"{base}/runs/{report.run_id}/artifacts", ["report.html"]),
         "version": (f"/#/models/{MODEL}/versions/1", ["An adaptive-length image tokenizer", "Licence and limits"]),
     }
     command = ("ui", "--backend-store-uri", store, "--workers", "1")

@@ -21,6 +21,7 @@ from components.artifacts import (
     ImageSet,
     Job,
     Manifest,
+    Publication,
     ScoreTable,
     TokenArchive,
     TokenCounts,
@@ -28,7 +29,7 @@ from components.artifacts import (
     write_json,
     write_table,
 )
-from components.config import ReportConfig, ReportResources, ReportStageConfig
+from components.config import ReportConfig, ReportResources
 from components.report import report
 from pipelines.config import load_config
 from tests.browser import DESKTOP, PHONE, Browser, chromium
@@ -128,12 +129,13 @@ def evil(finished: Workspace, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evil")
     report(
         Job(stage="report", key="k", workspace=str(folder), output=str(folder / "page"), scratch=""),
-        config=ReportStageConfig(settings=ReportConfig(examples=3), model_name="alit-demo"),
+        config=ReportConfig(examples=3),
         resources=ReportResources(run_config="mlflow: {uri: 'http://me:secret@host'}"),
         images=with_evil_names(finished.artifact("ingest"), folder / "images"),
         tokenizer=Tokenizer.open(str(finished.artifact("distill"))),
         codes=CodeBook.open(str(finished.artifact("tokenize"))),
         scores=ScoreTable.open(str(finished.artifact("score"))),
+        publication=Publication.open(str(finished.artifact("publish"))),
         select_reconstruction=TokenCounts.open(str(finished.artifact("select.reconstruction"))),
         pack_reconstruction=TokenArchive.open(str(finished.artifact("pack.reconstruction"))),
         analyze=findings(folder / "findings"),
@@ -218,6 +220,10 @@ def test_it_says_what_the_run_found(finished: Workspace, browser: Browser, page:
     for stage in ("ingest", "base", "distill", "pack.reconstruction"):
         assert finished.artifact(stage).name in seen, stage
     assert browser.ask("document.querySelectorAll('.tile.chosen').length") == 12
+    registered = json.loads((finished.artifact("publish") / "publication.json").read_text())
+    name, version = registered["model"], registered["version"]
+    assert f"{name}, version {version}" in seen and f'"models:/{name}/{version}"' in seen
+    assert f"Version {version} of {name} is now the champion: the first one." in seen
 
 
 def test_its_config_makes_the_same_run(page: Path, finished: Workspace, tmp_path: Path) -> None:

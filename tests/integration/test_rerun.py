@@ -133,7 +133,7 @@ def test_drift_is_seen_and_no_more_than_that(finished: Workspace, similar: Night
 def test_another_champion(finished: Workspace, similar: Night) -> None:
     again = alit("run", *finished.arguments, *settings(GATE, "tasks.0.rule.max=0.09"))
     assert again.code == 0, again.out + again.err
-    assert stages_done(again)[-2:] == ["publish", "promote"]
+    assert stages_done(again)[-3:] == ["publish", "promote", "report"]
     run = parents(finished, "train")[-1]
     assert run.data.metrics["promotion/new"] == run.data.metrics["promotion/champion"]  # the same weights
     assert "not better" in run.data.tags["alit.promotion"] and run.data.tags["alit.alias"] == "challenger"

@@ -89,7 +89,7 @@ def test_ready_configs_are_valid(file: Path) -> None:
     overrides += ["training.finetune_objective.perceptual={kind: efficientnet}"] * ("lpips" in file.read_text())
     config = load_config(str(file), overrides)
     if isinstance(config, RunConfig):  # a rerun is built from a registry, see test_rerun.py
-        assert [stage.name for stage in build(config).order()][-2:] == ["publish", "promote"]
+        assert [stage.name for stage in build(config).order()][-3:] == ["publish", "promote", "report"]
 
 
 def test_weights_that_are_not_there_are_told_while_planning(tmp_path: Path) -> None:
