@@ -43,6 +43,7 @@ IMAGES_SCHEMA = pa.schema(
         pa.field("image", pa.binary(), nullable=False),  # PNG (lossless), RGB, at the working size
         pa.field("depth", pa.binary()),  # 16-bit grayscale PNG over the image's pixels: millimetres, 0 = no reading
         pa.field("mask", pa.binary()),  # 8-bit grayscale PNG over the image's pixels: class ids
+        pa.field("complexity", pa.float64()),  # people's score, in any unit; null when the source has none
     ]
 )
 REJECTED_SCHEMA = pa.schema(

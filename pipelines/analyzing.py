@@ -1,10 +1,8 @@
 """The stage that measures the paper's claims, where the config asks for it."""
 
-import hashlib
 from typing import Any
 
 from components.analyze.settings import AnalyzeConfig, AnalyzeStageConfig, Criterion
-from components.artifacts import read_bytes
 from components.config import DataConfig
 from components.rules import column
 from components.sources import open_source
@@ -57,12 +55,8 @@ def _criterion(task: TaskConfig) -> Criterion:
 
 
 def _outside(settings: AnalyzeConfig) -> dict[str, Any]:
-    """The listings of other sources and the content of people's scores."""
+    """The listings of other sources."""
     try:
-        found: dict[str, Any] = {one.name: open_source(DataConfig(source=one.source)).digest() for one in settings.ood}
-        if settings.complexity_scores:
-            content = read_bytes(settings.complexity_scores)
-            found["complexity scores"] = hashlib.sha256(content).hexdigest()
+        return {one.name: open_source(DataConfig(source=one.source)).digest() for one in settings.ood}
     except (ValueError, OSError) as error:
         raise ConfigError(f"analyze: {error}") from error
-    return found

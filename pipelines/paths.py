@@ -61,8 +61,6 @@ def _with_training_paths(training: Mapping[str, Any]) -> dict[str, Any]:
 
 def _with_analysis_paths(analyze: Mapping[str, Any]) -> dict[str, Any]:
     made = dict(analyze)
-    if "complexity_scores" in made:
-        made["complexity_scores"] = local(made["complexity_scores"])
     if isinstance(made.get("ood"), list):
         made["ood"] = [_with_source(one) if isinstance(one, dict) else one for one in made["ood"]]
     return made

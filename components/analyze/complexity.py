@@ -3,7 +3,6 @@
 Legend: N images, K budgets.
 """
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 
@@ -14,7 +13,6 @@ from components.analyze import drawing
 from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
 from components.analyze.sections import Picture, Section, Table
-from components.artifacts import read_bytes
 from components.images import decode_png
 
 CLAIM = (
@@ -39,8 +37,11 @@ def complexity(inputs: Inputs) -> Section:
     """Rank correlations of counts and of the error at the fewest tokens with what the pixels alone tell."""
     names = inputs.sample(inputs.settings.images)
     statistics = image_statistics(inputs.column(names, "image"), inputs.settings.jpeg_quality)
-    if inputs.settings.complexity_scores:
-        statistics["people"] = people_say(inputs.column(names, "uri"), inputs.settings.complexity_scores)
+    about = ABOUT
+    people = np.array(inputs.column(names, "complexity"), dtype=np.float64)  # NaN where they said nothing
+    if np.isfinite(people).any():
+        statistics["people"] = people
+        about += f" people: the source's column complexity, which {np.isfinite(people).sum()} of the images have."
     found: dict[str, Estimate] = {}
     for target, values in _targets(inputs, names).items():
         for name, statistic in statistics.items():
@@ -70,7 +71,7 @@ def complexity(inputs: Inputs) -> Section:
                     [target, *(str(found[f"{target} ~ {name}"]) for name in statistics), str(len(names))]
                     for target in targets
                 ],
-                ABOUT,
+                about,
             ),
             *_fifths_table(inputs, found),
         ],
@@ -108,33 +109,6 @@ def image_statistics(pngs: Sequence[bytes], jpeg_quality: int) -> dict[str, np.n
         "entropy": np.array(entropies),
         "edges": np.array(edges, dtype=np.float64),
     }
-
-
-def people_say(uris: Sequence[str], scores: str) -> np.ndarray:
-    """Complexity [N] by the CSV file ``scores`` (columns uri, complexity); NaN where it has none, or a blank.
-
-    Its uri is the image's, or the end of it after a slash; other columns are ignored, so a CSV manifest can serve.
-    Raises ValueError when a column is missing or a score is no number.
-    """
-    rows = list(csv.DictReader(io.StringIO(read_bytes(scores).decode())))
-    if rows and not {"uri", "complexity"} <= set(rows[0]):
-        raise ValueError(f"analyze.complexity_scores = {scores!r}: columns uri and complexity are needed")
-    known = {row["uri"]: _score(row["complexity"], row["uri"], scores) for row in rows}
-    return np.array([_by_ending(known, uri) for uri in uris])
-
-
-def _score(text: str | None, uri: str, scores: str) -> float:
-    try:
-        return float(text) if text and text.strip() else np.nan
-    except ValueError as error:
-        wrong = f"complexity = {text!r} of {uri!r}: a number is needed, or nothing"
-        raise ValueError(f"analyze.complexity_scores = {scores!r}: {wrong}") from error
-
-
-def _by_ending(known: Mapping[str, float], uri: str) -> float:
-    parts = uri.split("/")
-    endings = ("/".join(parts[start:]) for start in range(len(parts)))
-    return next((known[ending] for ending in endings if ending in known), np.nan)
 
 
 def quintiles(values: np.ndarray) -> np.ndarray:

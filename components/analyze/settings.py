@@ -36,7 +36,6 @@ class AnalyzeConfig(Settings):
     probe_images: PositiveInt = 2000  # labelled images of the train split that the linear probe is fitted to
     timed_images: PositiveInt = 64  # that single_pass encodes once to warm up and then against the clock
     jpeg_quality: Annotated[int, Field(ge=1, le=95)] = 90
-    complexity_scores: str | None = None  # CSV with uri and complexity, people's or blank; a manifest may be it
     ood: tuple[StrangeSource, ...] = ()  # of familiarity
     ignore: tuple[int, ...] = ()  # class ids of masks that don't count
     resamples: PositiveInt = 1000  # of the bootstrap

@@ -151,6 +151,7 @@ def _image_row(item: SourceObject, work: Work) -> dict[str, Any]:
         "height": prepared.height,
         "split": targets.split or choose_split(item.path, work.config.data.held_out),
         "image": encode_png(prepared.image),
+        "complexity": targets.complexity,
         "depth": _target(item, "depth", prepared, work),
         "mask": _target(item, "mask", prepared, work),
     }

@@ -24,6 +24,7 @@ BLOCK_SCHEMA = pa.schema(
         pa.field("depth", pa.string()),
         pa.field("mask", pa.string()),
         pa.field("split", pa.string()),
+        pa.field("complexity", pa.float64()),
     ]
 )
 LISTING_SCHEMA = BLOCK_SCHEMA.append(pa.field("part", pa.int32(), nullable=False))  # number in its file's name

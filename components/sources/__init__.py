@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ class Targets:
     depth: str | None = None  # path within the source of a depth map
     mask: str | None = None  # and of a mask
     split: str | None = None  # train | val
+    complexity: float | None = None  # as people judge it, in any unit; higher is more complex
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,16 @@ class SourceObject:
     size: int  # bytes, of the largest of its files
     etag: str
     targets: Targets = Targets()
+
+
+def complexity_of(value: object) -> float | None:
+    """A value of a source's column complexity; None for an empty one, ValueError for what is no finite number."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number):
+        raise ValueError("not finite")
+    return number
 
 
 class Source(Protocol):

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from components import buckets
-from components.sources import ALLOWED, SPLITS, TABLE, SourceObject, Targets, listing_digest
+from components.sources import ALLOWED, SPLITS, TABLE, SourceObject, Targets, complexity_of, listing_digest
 from components.sources.places import File, Folder, Place, stream
 
-COLUMNS = ("uri", "label", "depth", "mask", "split")  # others are ignored; only uri is needed
+COLUMNS = ("uri", "label", "depth", "mask", "split", "complexity")  # others are ignored; only uri is needed
 MAX_LINE = 1_000_000  # bytes: a file that is no table need not be read to its end
 ROWS_AT_ONCE = 1000  # whose files are looked up together
 BUFFER_BYTES = 1 << 20
@@ -25,7 +25,7 @@ GONE = "gone"  # in place of size and time, of a file that isn't there; ingest r
 
 @dataclass(frozen=True)
 class ManifestSource:
-    """The rows of ``file`` (absolute, or s3://): uri, label, depth, mask, split; an empty value says nothing.
+    """The rows of ``file`` (absolute, or s3://), with values of COLUMNS; an empty value says nothing.
 
     uri, depth and mask are paths of files: below the manifest's folder, absolute where that is local (links are
     followed), or s3://. split is train, val or test; a test set is held out, so it counts as val. One mistake in the
@@ -121,7 +121,7 @@ class ManifestSource:
         raise error
 
     def _sorted(self) -> Iterator[bytes]:
-        """The rows packed as path, label, depth, mask, split and line with NUL between, which sorts them by path."""
+        """The rows packed as the values of COLUMNS and the line with NUL between, which sorts them by path."""
         rows = [self._packed(line, record) for line, record in self._records()]
         if not rows:
             raise ValueError(f"data.source {self.file!r}: no rows in it; one a line is needed, with a path as uri")
@@ -136,13 +136,14 @@ class ManifestSource:
         yield from rows
 
     def _packed(self, line: int, record: Mapping[str, Any]) -> bytes:
-        values = {name: self._text(line, name, record.get(name)) for name in COLUMNS}
+        number = self._number(line, record.get("complexity"))
+        values = {name: self._text(line, name, record.get(name)) for name in COLUMNS if name != "complexity"}
         if not values["uri"]:
             self._fail(line, "uri is empty: the path of an image is needed")
         if values["split"] and values["split"] not in SPLITS:
             self._fail(line, f"split = {_shown(values['split'])}: allowed are {', '.join(SPLITS)}, or nothing")
         paths = {name: self._path(line, name, values[name]) for name in ("uri", "depth", "mask") if values[name]}
-        values |= paths | {"split": SPLITS.get(values["split"], "")}
+        values |= paths | {"split": SPLITS.get(values["split"], ""), "complexity": number}
         try:
             return "\0".join([*values.values(), str(line)]).encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
@@ -156,6 +157,13 @@ class ManifestSource:
         if not isinstance(value, str) or "\0" in value:
             self._fail(line, f"{name} = {_shown(value)}: text is needed")
         return value
+
+    def _number(self, line: int, value: Any) -> str:
+        try:
+            number = complexity_of(value)
+        except ValueError:
+            self._fail(line, f"complexity = {_shown(value)}: a finite number is needed, or nothing")
+        return "" if number is None else repr(number)
 
     def _path(self, line: int, name: str, value: str) -> str:
         """``value`` in the one form in which the same path is the same text."""
@@ -202,7 +210,7 @@ class ManifestSource:
     def _check_header(self, header: Sequence[str]) -> None:
         known = [name for name in header if name in COLUMNS]
         if "uri" not in known or len(set(known)) < len(known):
-            allowed = "uri is needed; label, depth, mask and split are allowed, each once; others are ignored"
+            allowed = f"uri is needed; {', '.join(COLUMNS[1:])} are allowed, each once; others are ignored"
             self._fail(1, f"the columns are {_shown(header)}: {allowed}")
 
     def _json_rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -240,8 +248,8 @@ class ManifestSource:
 def _unpacked(packed: bytes) -> tuple[str, Targets, int]:
     """Path, targets and line of a row."""
     path, *values = packed.decode().split("\0")
-    label, depth, mask, split, line = (value or None for value in values)
-    return path, Targets(label, depth, mask, split), int(line or 0)
+    label, depth, mask, split, complexity, line = (value or None for value in values)
+    return path, Targets(label, depth, mask, split, complexity_of(complexity)), int(line or 0)
 
 
 def _object(path: str, targets: Targets, files: Mapping[str, File]) -> SourceObject:

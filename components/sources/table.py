@@ -1,8 +1,8 @@
 """Parquet tables that hold the images themselves.
 
 Columns: ``image`` (the file's bytes, or a struct with ``bytes`` as Hugging Face's data sets have it), and, where they
-are there, ``label`` (text or whole numbers), ``depth`` and ``mask`` (bytes, as a manifest's files), ``split``. Others
-are ignored. A table with ``uri`` instead of ``image`` is a manifest.
+are there, ``label`` (text or whole numbers), ``depth`` and ``mask`` (bytes, as a manifest's files), ``split``,
+``complexity`` (numbers). Others are ignored. A table with ``uri`` instead of ``image`` is a manifest.
 """
 
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Self
 
-from components.sources import SPLITS, TABLE, SourceObject, Targets, listing_digest
+from components.sources import SPLITS, TABLE, SourceObject, Targets, complexity_of, listing_digest
 from components.sources.places import File, Place, files_of, stream
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 BUFFER_BYTES = 1 << 16
 MAX_GROUP_BYTES = 1 << 30  # of images in a row group, which is read as a whole
 BYTES = ("image", "depth", "mask")
+FACTS = ("label", "split", "complexity")
 
 
 def has_images(source: str) -> bool:
@@ -84,8 +85,9 @@ class TableSource:
         names, number = file.schema_arrow.names, 0
         for group in range(file.num_row_groups):
             rows = file.metadata.row_group(group).num_rows
-            read = file.read_row_group(group, columns=[name for name in ("label", "split") if name in names])
+            read = file.read_row_group(group, columns=[name for name in FACTS if name in names])
             labels, splits = (_texts(read, name, rows, where) for name in ("label", "split"))
+            complexities = _numbers(read, "complexity", rows, where)
             depths, masks = (_there(file, group, name) for name in ("depth", "mask"))
             for row in range(rows):
                 path = f"{table.path}/{number + row:09d}"
@@ -93,7 +95,7 @@ class TableSource:
                 if split and split not in SPLITS:
                     raise ValueError(f"{where}, row {number + row}: split = {split!r}: allowed are {', '.join(SPLITS)}")
                 depth, mask = f"{path}.depth" if depths[row] else None, f"{path}.mask" if masks[row] else None
-                targets = Targets(labels[row], depth, mask, SPLITS.get(split or ""))
+                targets = Targets(labels[row], depth, mask, SPLITS.get(split or ""), complexities[row])
                 yield SourceObject(path, 0, f"{table.size} {table.etag} {group} {row}", targets)
             number += rows
 
@@ -152,6 +154,16 @@ def _texts(table: "pa.Table", name: str, rows: int, where: str) -> "list[str | N
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)):
         raise ValueError(f"{where}: column {name} is {kind}; text or whole numbers are needed")
     return [str(value) if value not in (None, "") else None for value in table[name].to_pylist()]
+
+
+def _numbers(table: "pa.Table", name: str, rows: int, where: str) -> "list[float | None]":
+    if name not in table.column_names:
+        return [None] * rows
+    try:
+        return [complexity_of(value) for value in table[name].to_pylist()]
+    except ValueError as error:
+        kind = table.schema.field(name).type
+        raise ValueError(f"{where}: column {name} is {kind}; finite numbers are needed, or nothing") from error
 
 
 def _there(file: "pq.ParquetFile", group: int, name: str) -> "list[bool]":

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 from typing import Any, Self, TypeVar
 
-from components.sources import SPLITS, TAR, SourceObject, Targets, listing_digest
+from components.sources import SPLITS, TAR, SourceObject, Targets, complexity_of, listing_digest
 from components.sources.folder import SUFFIXES
 from components.sources.places import File, Place, files_of, stream
 
@@ -105,7 +105,8 @@ class _Sample:
         paths = {name: f"{shard.path}/{self.members[name][0]}" for name in names}
         spans = [f"{name}={start}+{size}" for name in names for _, start, size in [self.members[name]]]
         label = self.label if self.label is not None else _label(self.facts, self.name)
-        targets = Targets(label, paths.get(DEPTH), paths.get(MASK), _split(self.facts, shard.path))
+        split, complexity = _split(self.facts, shard.path), _complexity(self.facts, self.name)
+        targets = Targets(label, paths.get(DEPTH), paths.get(MASK), split, complexity)
         largest = max(self.members[name][2] for name in names)
         etag = " ".join([str(len(shard.path)), str(shard.size), shard.etag, *spans])
         return SourceObject(paths[self.image], largest, etag, targets)
@@ -189,6 +190,14 @@ def _label(facts: Mapping[str, Any], name: str) -> str | None:
     if label is None or (isinstance(label, str | int) and not isinstance(label, bool)):
         return str(label) if label not in (None, "") else None
     raise ValueError(f"{name}.json: label = {label!r}: text or a whole number is needed")
+
+
+def _complexity(facts: Mapping[str, Any], name: str) -> float | None:
+    value = facts.get("complexity")
+    try:
+        return complexity_of(value)
+    except ValueError:
+        raise ValueError(f"{name}.json: complexity = {value!r}: a finite number is needed, or nothing") from None
 
 
 def _split(facts: Mapping[str, Any], shard: str) -> str | None:

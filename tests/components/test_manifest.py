@@ -48,7 +48,7 @@ def test_rows_become_objects_sorted_by_path(tmp_path, suffix):
     put(tmp_path / "out", "far.png")
     rows = [
         {"uri": "ü é.png", "label": "", "split": "test"},
-        {"uri": f"{tmp_path}/out/far.png", "label": "0", "split": ""},
+        {"uri": f"{tmp_path}/out/far.png", "label": "0", "split": "", "complexity": "2.5"},
         {"uri": "./b//1.png", "mask": "b/../m.png", "split": "val"},
         {"uri": "a,b.png", "label": 'say "cat"\nor dog', "note": "ignored"},
         FULL,
@@ -57,7 +57,7 @@ def test_rows_become_objects_sorted_by_path(tmp_path, suffix):
     found = {item.path: item for item in source.list()}
     assert list(found) == sorted(found)
     assert {path: item.targets for path, item in found.items()} == {
-        f"{tmp_path}/out/far.png": Targets(label="0"),
+        f"{tmp_path}/out/far.png": Targets(label="0", complexity=2.5),
         "a,b.png": Targets(label='say "cat"\nor dog'),
         "a.png": Targets(label="cat", depth="d.png", mask="m.png", split="train"),
         "b/1.png": Targets(mask="m.png", split="val"),
@@ -131,6 +131,8 @@ BAD = {
     "only a header": (b"uri,label\n", None, "no rows in it"),
     "the same image": (b"uri\nb.png\na.png\n./b.png\n", 4, "uri 'b.png' is that of line 2 too: once"),
     "a bad split": (b"uri,split\na.png,train\nb.png,dev\n", 3, "split = 'dev': allowed are train, val, test"),
+    "a word for a score": (b"uri,complexity\na.png,1\nb.png,much\n", 3, "complexity = 'much': a finite number"),
+    "no end of complexity": (b"uri,complexity\na.png,inf\n", 2, "complexity = 'inf': a finite number"),
     "no image": (b"uri,label\na.png,cat\n ,dog\n", 3, "uri is empty: the path of an image is needed"),
     "leaves": (b"uri\na.png\n../b.png\n", 3, "uri = '../b.png': a path below '.*', or an absolute one"),
     "leaves in the end": (b"uri,mask\na.png,m/../../m.png\n", 2, "mask = 'm/../../m.png': a path below"),

@@ -69,7 +69,7 @@ FIRST: Members = [
     ("0001.cls", b"7\n"),
     ("0001.jpg", JPEG),
     ("0001.txt", b"a caption"),
-    ("./0000.json", json.dumps({"label": "cat", "split": "test"}).encode()),
+    ("./0000.json", json.dumps({"label": "cat", "split": "test", "complexity": 3}).encode()),
     ("./0000.depth.png", DEPTH),
     ("./0000.PNG", PNG),
     ("./0000.mask.png", MASK),
@@ -93,7 +93,7 @@ def test_samples_of_shards(place):
         "x-1.tar/0000.PNG", "x-1.tar/0001.jpg", f"x-1.tar/{LONG}é.webp"
     ]  # fmt: skip
     assert listed["x-1.tar/0000.PNG"].targets == Targets(
-        "cat", "x-1.tar/0000.depth.png", "x-1.tar/0000.mask.png", "val"
+        "cat", "x-1.tar/0000.depth.png", "x-1.tar/0000.mask.png", "val", 3.0
     )
     assert listed["x-1.tar/0001.jpg"].targets == Targets(label="7")
     assert listed["train/x-0.tar/k/9.png"].targets == Targets(split="train")
@@ -234,6 +234,7 @@ ROWS = {
     "depth": [DEPTH, None, None, DEPTH, DEPTH],
     "mask": [None] * 5,
     "split": ["train", "test", None, "val", "train"],
+    "complexity": [0.5, None, 0.25, None, 1],
     "note": [1, 2, 3, 4, 5],
 }
 
@@ -257,6 +258,7 @@ def test_rows_of_tables(place):
     assert [item.targets.split for item in listed] == ["train", "val", None, "val", "train", None]
     assert [item.targets.depth is not None for item in listed] == [True, False, False, True, True, False]
     assert not any(item.targets.mask for item in listed)
+    assert [item.targets.complexity for item in listed] == [0.5, None, 0.25, None, 1, None]
     again = pickle.loads(pickle.dumps(source))
     assert [again.read(item.path, item.etag) for item in listed] == [PNG, JPEG, b"broken", PNG, JPEG, JPEG]
     assert again.read(listed[3].targets.depth, listed[3].etag) == DEPTH

@@ -238,7 +238,7 @@ def test_decode_targets_fills_what_is_missing():
     image, depth, mask = (encode_png(made) for made in positions(12, 12))
     rows = [{"label": "cat", "depth": depth}, {"mask": mask}, {"label": None}]
     row = dict.fromkeys(IMAGES_SCHEMA.names, "x") | {"width": 9, "height": 9, "image": image}
-    nothing = {"label": None, "depth": None, "mask": None}
+    nothing = {"label": None, "depth": None, "mask": None, "complexity": None}
     table = pa.Table.from_pylist([row | nothing | made for made in rows], IMAGES_SCHEMA)
     for part in (table, table.combine_chunks().to_batches()[0]):
         found = decode_targets(part, ["label", "depth", "mask"])

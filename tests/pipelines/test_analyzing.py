@@ -15,7 +15,6 @@ MISTAKES = {
     "analyze={images: 1}": ("analyze.images = 1", "greater than or equal to 4"),
     "analyze={ood: [{name: far, source: /no/such}]}": ("analyze", "/no/such"),
     "analyze={ood: [{name: far, source: demo}, {name: far, source: demo}]}": ("ood = ['far', 'far']", "differ"),
-    "analyze={complexity_scores: /no/such.csv}": ("analyze", "/no/such.csv"),
 }
 
 
@@ -40,21 +39,15 @@ def test_it_reads_what_each_task_left() -> None:
     assert build(load_config("demo", ["analyze={}"]))["publish"].needs["analyze"] == "analyze"
 
 
-def test_other_images_and_other_scores_change_its_key_and_what_follows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_images_change_its_key_and_what_follows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "far").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "far" / "1.png")
-    (tmp_path / "said.csv").write_text("uri,complexity\n1.png,0.5\n")
-    settings = ["analyze={ood: [{name: far, source: far}], complexity_scores: said.csv}"]
+    settings = ["analyze={ood: [{name: far, source: far}]}"]
     before = build(load_config("demo", settings))
     assert before["analyze"].config.settings.ood[0].source == str(tmp_path / "far")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "far" / "2.png")
-    with_images = build(load_config("demo", settings)).keys()
-    (tmp_path / "said.csv").write_text("uri,complexity\n1.png,0.75\n")
-    with_scores = build(load_config("demo", settings)).keys()
-    for one, other in ((before.keys(), with_images), (with_images, with_scores)):
-        changed = {name for name in one if one[name] != other[name]}
-        assert "analyze" in changed
-        assert not changed & {"ingest", "base", "distill", "tokenize", "score", "select.reconstruction", "matrix"}
+    after, keys = build(load_config("demo", settings)).keys(), before.keys()
+    changed = {name for name in keys if keys[name] != after[name]}
+    assert "analyze" in changed
+    assert not changed & {"ingest", "base", "distill", "tokenize", "score", "select.reconstruction", "matrix"}

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from components.analyze import familiarity
-from components.analyze.complexity import image_statistics, people_say, quintiles
+from components.analyze.complexity import image_statistics, quintiles
 from components.analyze.estimates import Estimate
 from components.analyze.familiarity import read_source
 from components.analyze.regions import cell_means, top_cells
@@ -40,21 +40,6 @@ def test_statistics_order_images_as_people_would() -> None:
         assert np.all(np.diff(found[name]) > 0), name
     assert found["entropy"][0] == 0 and found["entropy"][2] > 7
     assert found["edges"][0] == 0 < found["edges"][1] < 1
-
-
-def test_what_people_say_is_found_by_the_end_of_the_uri(tmp_path: Path) -> None:
-    (tmp_path / "said.csv").write_text("uri,complexity\nb/1.png,0.5\n/a/b/2.png,0.25\n")
-    found = people_say(["/a/b/1.png", "/a/b/2.png", "/a/bb/1.png"], str(tmp_path / "said.csv"))
-    assert found[:2].tolist() == [0.5, 0.25] and np.isnan(found[2])
-    (tmp_path / "blank.csv").write_text("uri,complexity\na.png,\nb.png, \nc.png,3\n")
-    found = people_say(["a.png", "b.png", "c.png"], str(tmp_path / "blank.csv"))
-    assert np.isnan(found[:2]).all() and found[2] == 3
-    (tmp_path / "word.csv").write_text("uri,complexity\na.png,much\n")
-    with pytest.raises(ValueError, match="'much' of 'a.png': a number is needed"):
-        people_say(["a.png"], str(tmp_path / "word.csv"))
-    (tmp_path / "bad.csv").write_text("file,score\nx,1\n")
-    with pytest.raises(ValueError, match="uri and complexity"):
-        people_say(["x"], str(tmp_path / "bad.csv"))
 
 
 def test_fifths_are_of_one_size_and_in_order() -> None:

@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from skimage import data
@@ -53,6 +55,23 @@ def test_the_fifths_of_the_images_are_in_a_table(tmp_path: Path) -> None:
     assert len(fifths.columns) == len(made.budgets) + 2
     told = re.search(r"n = ([\d +]+)", section.figures[1].caption)
     assert told and [int(part) for part in told[1].split(" + ")] == [int(row[-1]) for row in fifths.rows]
+
+
+def test_what_people_say_is_beside_what_the_pixels_tell(tmp_path: Path) -> None:
+    made = photographs(80)
+    inputs = inputs_of(tmp_path, made, AnalyzeConfig(images=12, resamples=20))
+    table, _ = complexity(inputs).tables
+    assert "people" not in table.columns
+    names = inputs.sample(12)
+    tokens = dict(zip(names, inputs.counts_of(inputs.criteria[0].task, names), strict=True))
+    tokens[names[0]] = None  # of one they said nothing
+    for part in Path(inputs.images.table_uri).iterdir():
+        rows = pq.read_table(part)
+        column = pa.array([tokens.get(name) for name in rows["image_id"].to_pylist()], pa.float64())
+        pq.write_table(rows.set_column(rows.column_names.index("complexity"), "complexity", column), part)
+    table, _ = complexity(inputs).tables
+    first = dict(zip(table.columns, table.rows[0], strict=True))
+    assert first["people"] == "1 [1, 1]" and "which 11 of the images have" in table.note
 
 
 def test_a_kind_that_there_is_not() -> None:
