@@ -108,10 +108,8 @@ class Execution:
         self.running: dict[Any, Attempt] = {}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         placed = {"num_cpus": 0, "scheduling_strategy": here}
-        # A process for one stage only (max_calls): its memory and its output end with it.
-        self.task = ray.remote(max_calls=1, max_retries=0, **placed)(execute).options(
-            runtime_env={"env_vars": stage_environment()}
-        )
+        # Stages that follow each other share a process: starting one and importing MLflow takes 2 s of processor time.
+        self.task = ray.remote(max_retries=0, **placed)(execute).options(runtime_env={"env_vars": stage_environment()})
         self.board = ray.remote(Board).options(**placed).remote()
 
     def run(self) -> None:

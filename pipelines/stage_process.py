@@ -1,4 +1,4 @@
-"""What happens in the process of one stage, and how it speaks to the terminal."""
+"""What happens in the process of a stage, and how it speaks to the terminal."""
 
 import importlib
 import logging
@@ -110,7 +110,7 @@ def _figures(stage: str, returned: Any) -> Figures:
 
 
 def _flush_progress(job: Job) -> None:
-    """Wait until the board has every line: this process ends with its stage, and unsent calls with it."""
+    """Wait until the board has every line: the terminal shows them before the stage's end."""
     if isinstance(job.progress, Progress):
         import ray
 
