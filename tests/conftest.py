@@ -1,8 +1,12 @@
 """How the tests are shared out among processes (`make test`)."""
 
+import multiprocessing
 from typing import Any
 
 import pytest
+
+# What tests with several ranks start is forked from one process that has imported this already.
+multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "components.train.learner", "model"])
 
 # Files whose tests look at the same run: one process makes it for all of them. Other files stay whole too.
 FINISHED = ("test_invariance", "test_main_path", "test_mlflow", "test_report", "test_rerun")

@@ -130,7 +130,8 @@ def worker(rank: int, world: int, folder: str, case: Case) -> None:
 def on_workers(world: int, folder: Path, run: TrainRun, fresh: bool = False) -> tuple[list[float], dict[str, Any]]:
     folder.mkdir()
     images = torch.stack([photographs(36)[torch.randperm(36)[:BATCH]] for _ in range(STEPS)])
-    torch.multiprocessing.spawn(worker, args=(world, str(folder), Case(run, images, fresh)), nprocs=world)
+    args = world, str(folder), Case(run, images, fresh)
+    torch.multiprocessing.start_processes(worker, args=args, nprocs=world, start_method="forkserver")
     result = torch.load(folder / "result.pt", weights_only=True)
     return result["losses"], result["state"]
 

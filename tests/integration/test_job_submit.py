@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,8 @@ def alit_submit(head: Head, *arguments: str, config: str = "demo", **variables: 
         stderr=subprocess.STDOUT,
         text=True,
         cwd=head.environment["HOME"],
+        # A shell has SIGINT ignored by what it runs in the background.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509
     )
 
 

@@ -68,7 +68,7 @@ def worker(rank: int, folder: str, images: torch.Tensor) -> None:
 @pytest.mark.slow
 def test_two_ranks_end_as_one_does(photographs, tmp_path: Path):
     images = photographs(IMAGES, (32, 32))
-    torch.multiprocessing.spawn(worker, args=(str(tmp_path), images), nprocs=2)
+    torch.multiprocessing.start_processes(worker, args=(str(tmp_path), images), nprocs=2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     alone, fresh = objective(), objective().state_dict()
     train(alone, alone, images)
