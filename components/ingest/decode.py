@@ -23,8 +23,10 @@ from components.sources import Source, SourceObject
 from components.targets import Kind, prepare_target
 
 MAX_TASKS = 4096
-FILES_A_TASK = 512  # that a task takes at least, where that leaves TASKS_A_SLOT or more: starting one costs some 20 ms
-TASKS_A_SLOT = 8
+# Ray Data takes 0.2 s from the end of a task to the start of the next: one has some seconds of work, in no more than so
+FILES_A_TASK = 2048  # many files
+BYTES_A_TASK = 256 << 20  # and bytes of them, which are few photographs of a camera and many of the web
+TASKS_A_SLOT = 8  # at least, so that all slots end at about the same time
 NO_ACCESS = "cannot be read for want of access: "  # in a reason: access may come, and the file's ETag stays
 TASK_RETRIES = 3  # a file that kills its worker must fail the run, not be tried for ever (Ray Data's default)
 
@@ -96,8 +98,13 @@ def choose_split(path: str, held_out: float) -> str:
     return "val" if number < held_out * 2**64 else "train"
 
 
-def make_parts(work: Work, num_blocks: int, resources: IngestResources) -> Generator[Tally, None, None]:
-    """Tallies of shrunk parts and decoded blocks as they are done, in any order; closing it ends what still runs."""
+def make_parts(
+    work: Work, num_blocks: int, size_bytes: int, resources: IngestResources
+) -> Generator[Tally, None, None]:
+    """Tallies of shrunk parts and decoded blocks as they are done, in any order; closing it ends what still runs.
+
+    ``size_bytes``: of the blocks' files, as far as the source knows.
+    """
     import ray.data
 
     number = len(work.shrunk) + num_blocks
@@ -107,26 +114,23 @@ def make_parts(work: Work, num_blocks: int, resources: IngestResources) -> Gener
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     with ray.data.DataContext.current(context):
-        done = ray.data.range(number, override_num_blocks=_num_tasks(number, resources)).map(
+        numbers = [{"id": one} for one in range(number)]  # not ray.data.range, whose reading tasks would take turns
+        done = ray.data.from_items(numbers, override_num_blocks=_num_tasks(number, size_bytes, resources)).map(
             _make_part,
             fn_args=(work,),
             compute=ray.data.TaskPoolStrategy(size=min(resources.tasks, number)),
             num_cpus=1,
             memory=resources.memory_mb_per_task << 20 or None,  # bytes
-            ray_remote_args_fn=_remote_args,
+            max_retries=TASK_RETRIES,
         )
     for row in done.iter_rows():
         yield Tally.from_json(row["tally"])
 
 
-def _num_tasks(number: int, resources: IngestResources) -> int:
+def _num_tasks(number: int, size_bytes: int, resources: IngestResources) -> int:
     """How many tasks share ``number`` parts; one that has several makes them one after the other."""
-    enough = max(TASKS_A_SLOT * resources.tasks, number * resources.files_per_block // FILES_A_TASK)
-    return min(number, enough, MAX_TASKS)
-
-
-def _remote_args() -> dict[str, Any]:
-    return {"max_retries": TASK_RETRIES}
+    enough = max(number * resources.files_per_block // FILES_A_TASK, size_bytes // BYTES_A_TASK)
+    return min(number, max(enough, TASKS_A_SLOT * resources.tasks), MAX_TASKS)
 
 
 def _make_part(row: dict[str, Any], work: Work) -> dict[str, Any]:

@@ -52,6 +52,7 @@ class Changes:
     added: int = 0
     changed: int = 0
     removed: int = 0
+    bytes_to_decode: int = 0  # as far as the source knows
     listing: str = ""  # the source's digest of what was listed
     gone: dict[int, bytearray] = field(default_factory=dict)  # part -> digests of the URIs whose rows it loses
 
@@ -63,6 +64,8 @@ class Changes:
     def count(self, one: Listed, source: Source) -> None:
         """Take note of an object of ``source``."""
         setattr(self, one.state, getattr(self, one.state) + 1)
+        if one.state in ("added", "changed"):
+            self.bytes_to_decode += one.item.size
         if one.part is not None and one.state != "reused":
             self.gone.setdefault(one.part, bytearray()).extend(digest(source.uri(one.item.path)))
 

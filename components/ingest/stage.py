@@ -126,7 +126,7 @@ def _make(job: Job, work: Work, num_blocks: int, changes: Changes, resources: In
     """Every part that is made in this run; raises ValueError for too many bad files among those that are read."""
     made, read, told = [], Tally(), time.monotonic()
     limit = work.config.limits.max_rejected
-    with closing(make_parts(work, num_blocks, resources)) as tallies:
+    with closing(make_parts(work, num_blocks, changes.bytes_to_decode, resources)) as tallies:
         for tally in tallies:
             made.append(tally)
             if tally.part >= work.first:

@@ -186,7 +186,7 @@ def main() -> None:
         rates = table({number: ["ingest"] for number in options.images}, home / "ingest", options.cpus, options.side)
         sizes = {number: ["ingest", "tokenize", "score"] for number in options.model_images}
         rates |= table(sizes, home / "all", options.cpus, options.side)
-        files = home / "ingest" / str(options.images[0]) / "images"
+        files = home / "ingest" / str(options.images[-1]) / "images"
         made = home / "all" / str(options.model_images[-1]) / "ingest" / "table"
         loops = {"ingest": loop_ingest(files, options.cpus)}
         loops["tokenize"], loops["score"] = loop_model(made, options.model_images[0], options.cpus)

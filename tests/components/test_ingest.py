@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -30,6 +31,7 @@ from components.ingest import (
     read_block,
     write_blocks,
 )
+from components.ingest.decode import make_parts
 from components.sources import ALLOWED, SourceObject, Targets, open_source
 from components.sources.demo import MIN_SIDE, PHOTOGRAPHS
 
@@ -299,7 +301,7 @@ def test_what_was_listed_is_told_though_the_source_has_changed_since_the_plan(tm
     put(folder, "a.png", "b.png")
     planned = folder_source(folder).digest()
 
-    def one_after_the_other(work: Work, num_blocks: int, _: IngestResources):
+    def one_after_the_other(work: Work, num_blocks: int, *_: object):
         yield from (decode_block(block, work) for block in range(num_blocks))
 
     monkeypatch.setattr("components.ingest.stage.make_parts", one_after_the_other)
@@ -388,6 +390,30 @@ def thousand(cluster, tmp_path_factory):
     reasons = write_thousand(folder / "in")
     figures, said = run_ingest(folder / "out", config_of(folder / "in"))
     return folder, reasons, figures, said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_file_that_kills_its_process_fails_the_stage_after_three_more_tries(tmp_path):
+    class Deadly:  # here, so that it travels by value
+        def __init__(self, tries: str) -> None:
+            self.tries = tries
+
+        def uri(self, path: str) -> str:
+            return path
+
+        def read(self, path: str, etag: str = "") -> bytes:
+            with open(self.tries, "a") as file:
+                file.write("once more\n")
+            os.kill(os.getpid(), signal.SIGKILL)
+            return b""
+
+    source = Deadly(str(tmp_path / "tries"))
+    write_blocks(iter([SourceObject("a.png", 1, "")]), f"{tmp_path}/out/blocks", files_per_block=3)
+    work = Work(source, config_of(tmp_path), str(tmp_path / "out"))
+    with pytest.raises(Exception, match="WorkerCrashedError|died|crashed"):
+        list(make_parts(work, 1, 1, RESOURCES))
+    assert (tmp_path / "tries").read_text().splitlines() == ["once more"] * 4
 
 
 @pytest.mark.slow

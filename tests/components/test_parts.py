@@ -307,7 +307,7 @@ def test_a_file_that_may_be_read_again_is_read_again(tmp_path: Path, monkeypatch
     assert left["uri"].endswith("bad.png") and len(pq.read_table(tmp_path / "w/ingest/c/table")) == 4
 
 
-def in_this_process(work: Work, num_blocks: int, resources: IngestResources) -> Iterator[Tally]:
+def in_this_process(work: Work, num_blocks: int, *_: object) -> Iterator[Tally]:
     """As make_parts, without Ray."""
     yield from (shrink(one, work) for one in work.shrunk)
     yield from (decode_block(block, work) for block in range(num_blocks))
