@@ -48,7 +48,9 @@ class EncodeRequest:
 def encode_folder(request: EncodeRequest, progress: Callable[[str], None]) -> Figures:
     """Write a TokenArchive of every image in ``request.source``; raises ValueError for a bad folder or rule."""
     from model import AlitTokenizer
+    from model.inference import keep_freed_memory
 
+    keep_freed_memory()
     with local_folder(request.model) as folder:
         tokenizer = AlitTokenizer.load(folder)
     rule = request.rule if isinstance(request.rule, int) else rule_with_head(request.rule, Path(request.head))
@@ -109,8 +111,10 @@ def decode_archive(model: str, archive: str, output: str, progress: Callable[[st
     from PIL import Image
 
     from model import AlitTokenizer
+    from model.inference import keep_freed_memory
     from model.tokens import TokenBatch
 
+    keep_freed_memory()
     header = read_json(join(archive, "tokenizer.json"))
     with local_folder(model) as folder:
         digest = hashlib.sha256((Path(folder) / "weights.safetensors").read_bytes()).hexdigest()

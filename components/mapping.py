@@ -79,11 +79,13 @@ class _FileMapper:
 
 
 def load_tokenizer(uri: str, precision: "Precision" = "fp32") -> "AlitTokenizer":
-    """The tokenizer of a Tokenizer artifact, on the GPU that Ray gave this actor, if it did."""
+    """The tokenizer of a Tokenizer artifact, on the GPU that Ray gave this actor, if it did; the actor is for that."""
     import torch
 
     from model import AlitTokenizer
+    from model.inference import keep_freed_memory
 
+    keep_freed_memory()
     with local_folder(uri) as folder:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return AlitTokenizer.load(folder, device=device, precision=precision)
