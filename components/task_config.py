@@ -72,6 +72,12 @@ class ProbeTraining(TrainConfig):
     crop_scale: tuple[Fraction, Fraction] = (1.0, 1.0)
     optimizer: ProbeOptimizer = ProbeOptimizer()
 
+    @model_validator(mode="after")
+    def _is_not_cropped(self) -> "ProbeTraining":
+        if self.crop_scale != (1.0, 1.0):
+            raise ValueError(f"crop_scale = {self.crop_scale}: a probe's images are not cropped, (1.0, 1.0) is allowed")
+        return self
+
 
 class JudgeOptions(Settings):
     """What a judge needs to know besides its name; each kind of judge reads its own part."""

@@ -33,6 +33,8 @@ MISTAKES = {
     "training.distill.optimizer={betas: [0.9, 1.0]}": ("betas", "less than 1"),
     "tasks.0={name: classification, judge: probe, judge_options: {train: {batch_size: 1}}, rule: {kind: best, metric: "
     "correct}}": ("judge_options.train.batch_size = 1", "up to 2 workers"),
+    "tasks.0={name: classification, judge: probe, judge_options: {train: {crop_scale: [0.5, 1]}}, rule: {kind: best, "
+    "metric: correct}}": ("crop_scale = (0.5, 1.0)", "not cropped"),
     "tasks.0.kind=depth": ("tasks.0.metrics = 'l1'", "'abs_rel'"),
     "tasks.0.kind=sharpness": ("tasks.0.kind = 'sharpness'", "'package.module:Class' of your own"),
     "tasks.0={name: depth, rule: {kind: best, metric: abs_rel}}": ("tasks.0.judge = 'none'", "'probe'"),
