@@ -2,7 +2,7 @@
 
 No temporary files remain after ``alit gc --delete``, which leaves the finished tables.
 
-ALIT_SEEDS says how many moments, 4 by default; ALIT_FIRST_SEED which is the first. One Ray serves all runs.
+ALIT_SEEDS says how many moments, 3 by default; ALIT_FIRST_SEED which is the first. One Ray serves all runs.
 """
 
 import os
@@ -23,7 +23,7 @@ from tests.nightly import TABLES, change, config_of, figures, leftovers, photogr
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
 
-FIRST, SEEDS = (int(os.environ.get(name, default)) for name, default in (("ALIT_FIRST_SEED", 0), ("ALIT_SEEDS", 4)))
+FIRST, SEEDS = (int(os.environ.get(name, default)) for name, default in (("ALIT_FIRST_SEED", 0), ("ALIT_SEEDS", 3)))
 IMAGES = 40
 
 
