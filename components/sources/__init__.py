@@ -39,13 +39,25 @@ class SourceObject:
 
 
 def complexity_of(value: object) -> float | None:
-    """A value of a source's column complexity; None for an empty one, ValueError for what is no finite number."""
+    """A value of a source's column complexity; None for an empty one.
+
+    Raises ValueError, which says so for people, when it is not a finite number.
+    """
     if value is None or (isinstance(value, str) and not value.strip()):
         return None
-    number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
     if not math.isfinite(number):
-        raise ValueError("not finite")
+        raise ValueError(f"complexity = {shown(value)}: a finite number is needed, or nothing")
     return number
+
+
+def shown(value: object) -> str:
+    """``value`` as an error shows it: not at any length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 class Source(Protocol):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 from components import buckets
-from components.sources import ALLOWED, SPLITS, TABLE, SourceObject, Targets, complexity_of, listing_digest
+from components.sources import ALLOWED, SPLITS, TABLE, SourceObject, Targets, complexity_of, listing_digest, shown
 from components.sources.places import File, Folder, Place, stream
 
 COLUMNS = ("uri", "label", "depth", "mask", "split", "complexity")  # others are ignored; only uri is needed
@@ -117,7 +117,7 @@ class ManifestSource:
         for path, targets, line in rows:
             for one in filter(None, (path, targets.depth, targets.mask)):
                 if self.uri(one) == error.filename:
-                    self._fail(line, f"{_shown(one)}: {error.strerror}; a path of a file is needed")
+                    self._fail(line, f"{shown(one)}: {error.strerror}; a path of a file is needed")
         raise error
 
     def _sorted(self) -> Iterator[bytes]:
@@ -131,38 +131,39 @@ class ManifestSource:
             path, *_, line = row.split(b"\0")
             if path == before[0]:
                 first, second = sorted(map(int, (before[-1], line)))
-                self._fail(second, f"uri {_shown(path.decode())} is that of line {first} too: once each is allowed")
+                self._fail(second, f"uri {shown(path.decode())} is that of line {first} too: once each is allowed")
             before = [path, line]
         yield from rows
 
     def _packed(self, line: int, record: Mapping[str, Any]) -> bytes:
-        number = self._number(line, record.get("complexity"))
-        values = {name: self._text(line, name, record.get(name)) for name in COLUMNS if name != "complexity"}
+        values = {name: self._text(line, name, record.get(name)) for name in COLUMNS}
         if not values["uri"]:
             self._fail(line, "uri is empty: the path of an image is needed")
         if values["split"] and values["split"] not in SPLITS:
-            self._fail(line, f"split = {_shown(values['split'])}: allowed are {', '.join(SPLITS)}, or nothing")
+            self._fail(line, f"split = {shown(values['split'])}: allowed are {', '.join(SPLITS)}, or nothing")
         paths = {name: self._path(line, name, values[name]) for name in ("uri", "depth", "mask") if values[name]}
-        values |= paths | {"split": SPLITS.get(values["split"], ""), "complexity": number}
+        values |= paths | {"split": SPLITS.get(values["split"], "")}
         try:
             return "\0".join([*values.values(), str(line)]).encode()
         except UnicodeEncodeError as error:  # half of a surrogate pair, which JSON can write
-            self._fail(line, f"{_shown(error.object)} can't be written as UTF-8: text is needed")
+            self._fail(line, f"{shown(error.object)} can't be written as UTF-8: text is needed")
 
     def _text(self, line: int, name: str, value: Any) -> str:
         if isinstance(value, int) and not isinstance(value, bool) and name == "label":
             return str(value)
+        if name == "complexity":
+            return self._number(line, value)
         if value is None or (isinstance(value, str) and not value.strip()):
             return ""
         if not isinstance(value, str) or "\0" in value:
-            self._fail(line, f"{name} = {_shown(value)}: text is needed")
+            self._fail(line, f"{name} = {shown(value)}: text is needed")
         return value
 
     def _number(self, line: int, value: Any) -> str:
         try:
             number = complexity_of(value)
-        except ValueError:
-            self._fail(line, f"complexity = {_shown(value)}: a finite number is needed, or nothing")
+        except ValueError as error:
+            self._fail(line, str(error))
         return "" if number is None else repr(number)
 
     def _path(self, line: int, name: str, value: str) -> str:
@@ -173,7 +174,7 @@ class ManifestSource:
         if "://" in value or path.split("/")[0] in ("..", ".") or (path.startswith("/") and not local):
             other = "an absolute one or s3://BUCKET/KEY" if local else "s3://BUCKET/KEY"
             allowed = f"a path below {self.file.rpartition('/')[0]!r}, or {other}"
-            self._fail(line, f"{name} = {_shown(value)}: {allowed} is needed")
+            self._fail(line, f"{name} = {shown(value)}: {allowed} is needed")
         return path
 
     def _records(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
@@ -211,7 +212,7 @@ class ManifestSource:
         known = [name for name in header if name in COLUMNS]
         if "uri" not in known or len(set(known)) < len(known):
             allowed = f"uri is needed; {', '.join(COLUMNS[1:])} are allowed, each once; others are ignored"
-            self._fail(1, f"the columns are {_shown(header)}: {allowed}")
+            self._fail(1, f"the columns are {shown(header)}: {allowed}")
 
     def _json_rows(self) -> Iterator[tuple[int, Mapping[str, Any]]]:
         for line, text in enumerate(self._lines(), start=1):
@@ -222,7 +223,7 @@ class ManifestSource:
             except (ValueError, RecursionError) as error:
                 self._fail(line, f"not JSON: {error}")
             if not isinstance(record, dict):
-                self._fail(line, f"{_shown(record)}: an object is needed, with a path as uri")
+                self._fail(line, f"{shown(record)}: an object is needed, with a path as uri")
             yield line, record
 
     def _lines(self) -> Iterator[str]:
@@ -257,8 +258,3 @@ def _object(path: str, targets: Targets, files: Mapping[str, File]) -> SourceObj
     stats = [(files[name].size, files[name].etag) if name in files else (0, GONE) for name in names]
     etag = hashlib.sha256(repr((targets, stats)).encode()).hexdigest()[:32]
     return SourceObject(path, max(size for size, _ in stats), etag, targets)
-
-
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:79]}…"

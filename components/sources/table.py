@@ -87,7 +87,7 @@ class TableSource:
             rows = file.metadata.row_group(group).num_rows
             read = file.read_row_group(group, columns=[name for name in FACTS if name in names])
             labels, splits = (_texts(read, name, rows, where) for name in ("label", "split"))
-            complexities = _numbers(read, "complexity", rows, where)
+            complexities = _complexities(read, rows, where)
             depths, masks = (_there(file, group, name) for name in ("depth", "mask"))
             for row in range(rows):
                 path = f"{table.path}/{number + row:09d}"
@@ -156,14 +156,13 @@ def _texts(table: "pa.Table", name: str, rows: int, where: str) -> "list[str | N
     return [str(value) if value not in (None, "") else None for value in table[name].to_pylist()]
 
 
-def _numbers(table: "pa.Table", name: str, rows: int, where: str) -> "list[float | None]":
-    if name not in table.column_names:
+def _complexities(table: "pa.Table", rows: int, where: str) -> "list[float | None]":
+    if "complexity" not in table.column_names:
         return [None] * rows
     try:
-        return [complexity_of(value) for value in table[name].to_pylist()]
+        return [complexity_of(value) for value in table["complexity"].to_pylist()]
     except ValueError as error:
-        kind = table.schema.field(name).type
-        raise ValueError(f"{where}: column {name} is {kind}; finite numbers are needed, or nothing") from error
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _there(file: "pq.ParquetFile", group: int, name: str) -> "list[bool]":

@@ -193,11 +193,10 @@ def _label(facts: Mapping[str, Any], name: str) -> str | None:
 
 
 def _complexity(facts: Mapping[str, Any], name: str) -> float | None:
-    value = facts.get("complexity")
     try:
-        return complexity_of(value)
-    except ValueError:
-        raise ValueError(f"{name}.json: complexity = {value!r}: a finite number is needed, or nothing") from None
+        return complexity_of(facts.get("complexity"))
+    except ValueError as error:
+        raise ValueError(f"{name}.json: {error}") from None
 
 
 def _split(facts: Mapping[str, Any], shard: str) -> str | None:

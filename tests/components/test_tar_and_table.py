@@ -200,6 +200,7 @@ def test_a_shard_that_changes_after_the_listing_is_an_error_that_is_tried_again(
         ([("0.png", PNG), ("0.cls", b"\xff")], 0, "0.cls: UTF-8 is needed"),
         ([("0.png", PNG), ("0.json", b"{")], 0, "0.json: not JSON"),
         ([("0.png", PNG), ("0.json", b'{"label": [1]}')], 0, r"0.json: label = \[1\]: text or a whole number"),
+        ([("0.png", PNG), ("0.json", b'{"complexity": "much"}')], 0, "0.json: complexity = 'much': a finite number"),
         ([("0.png", PNG), ("1.png", PNG), ("0.png", PNG)], 0, "/0.png': twice in its shard"),
         ([("0.png", PNG), ("1.png", PNG)], 700, "unexpected end of data|ends beyond the end"),
         ([("0.txt", b"nothing")], 0, "no images in the shards"),
