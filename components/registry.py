@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 from components.artifacts import (
     MANIFEST,
     TOKENIZER_FILES,
+    Publication,
     digest_of,
     exists,
     filled_folder,
@@ -49,6 +50,17 @@ class ModelVersion:
 
     name: str
     version: int
+
+    @classmethod
+    def of(cls, publication: Publication) -> Self:
+        """The one that was published."""
+        made = read_json(join(publication.uri, "publication.json"))
+        return cls(made["model"], int(made["version"]))
+
+    @property
+    def uri(self) -> str:
+        """As MLflow takes it."""
+        return f"models:/{self.name}/{self.version}"
 
 
 @dataclass(frozen=True)
@@ -165,7 +177,7 @@ def find_judge(registry: str, model: ModelVersion) -> str:
 
 def download(registry: str, model: ModelVersion, path: str, folder: str) -> str:
     """Where the file or folder ``path`` of a registered model is after it was copied into the local ``folder``."""
-    uri = f"models:/{model.name}/{model.version}/{path}".rstrip("/")
+    uri = f"{model.uri}/{path}".rstrip("/")
     with _one_registry(registry) as mlflow:
         return str(mlflow.artifacts.download_artifacts(uri, dst_path=folder))
 
@@ -181,7 +193,7 @@ def copy_tokenizer(registry: str, model: ModelVersion, uri: str) -> None:
 def read_reference(registry: str, model: ModelVersion) -> Any:
     """What the images of a model's training were like; None when it was registered without that."""
     with _one_registry(registry) as mlflow:
-        files = mlflow.artifacts.list_artifacts(f"models:/{model.name}/{model.version}/artifacts/tokenizer")
+        files = mlflow.artifacts.list_artifacts(f"{model.uri}/artifacts/tokenizer")
     if not any(Path(file.path).name == REFERENCE for file in files):
         return None
     with tempfile.TemporaryDirectory() as scratch:

@@ -31,6 +31,7 @@ from components.artifacts import (
     read_json,
 )
 from components.mapping import part_names
+from components.registry import ModelVersion
 from components.rules import column, describe
 from components.scores import budgets_of, larger_is_better, told_split
 from components.task_config import TaskConfig
@@ -47,17 +48,15 @@ class Run:
     publication: Publication
     made: Mapping[str, Artifact]
 
-    @property
-    def model(self) -> str:
-        """As what the tokenizer is registered, for people."""
-        counts = self.publication.manifest.counts
-        return f"{counts['model']}, version {counts['version']}"
+    @cached_property
+    def registered(self) -> ModelVersion:
+        """As what the tokenizer is."""
+        return ModelVersion.of(self.publication)
 
     @property
-    def model_uri(self) -> str:
-        """The same for MLflow."""
-        counts = self.publication.manifest.counts
-        return f"models:/{counts['model']}/{counts['version']}"
+    def model(self) -> str:
+        """The same for people."""
+        return f"{self.registered.name}, version {self.registered.version}"
 
     @cached_property
     def tasks(self) -> "list[Task]":

@@ -61,7 +61,7 @@ def _content(run: Run, config: ReportConfig, resources: ReportResources, job: Jo
     examples = examples_of(run, config.examples, job.progress)
     return {
         "model": run.model,
-        "model_uri": run.model_uri,
+        "model_uri": run.registered.uri,
         "choice": choice_of([task.name for task in run.tasks if serves_alone(task.config.rule)], run.budgets),
         "run": run,
         "headline": content.headline(run),

@@ -77,8 +77,7 @@ def promote(
     two means where there is a gate.
     """
     tracker = Tracker(**job.tracking)
-    made = read_json(join(publication.uri, "publication.json"))
-    new = ModelVersion(made["model"], int(made["version"]))
+    new = ModelVersion.of(publication)
     old = aliases_of(tracker.uri, new.name).get(CHAMPION)
     means: dict[str, float] = {}
     if old in (None, new.version):
