@@ -23,9 +23,8 @@ from components.sources import Source, SourceObject
 from components.targets import Kind, prepare_target
 
 MAX_TASKS = 4096
-# Ray Data takes 0.2 s from the end of a task to the start of the next: one has some seconds of work, in no more than so
-FILES_A_TASK = 2048  # many files
-BYTES_A_TASK = 256 << 20  # and bytes of them, which are few photographs of a camera and many of the web
+# Ray Data takes 0.2 s from the end of a task to the start of the next, so that a task is to have some seconds of work.
+FILES_A_TASK, BYTES_A_TASK = 2048, 256 << 20  # at most, of small files and of large ones
 TASKS_A_SLOT = 8  # at least, so that all slots end at about the same time
 NO_ACCESS = "cannot be read for want of access: "  # in a reason: access may come, and the file's ETag stays
 TASK_RETRIES = 3  # a file that kills its worker must fail the run, not be tried for ever (Ray Data's default)

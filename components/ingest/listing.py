@@ -43,6 +43,11 @@ class Listed:
     state: State
     part: int | None = None
 
+    @property
+    def is_new(self) -> bool:
+        """Whether no earlier ImageSet has it as it is, so that it is decoded."""
+        return self.state in ("added", "changed")
+
 
 @dataclass
 class Changes:
@@ -64,7 +69,7 @@ class Changes:
     def count(self, one: Listed, source: Source) -> None:
         """Take note of an object of ``source``."""
         setattr(self, one.state, getattr(self, one.state) + 1)
-        if one.state in ("added", "changed"):
+        if one.is_new:
             self.bytes_to_decode += one.item.size
         if one.part is not None and one.state != "reused":
             self.gone.setdefault(one.part, bytearray()).extend(digest(source.uri(one.item.path)))
@@ -130,7 +135,7 @@ def sort_out(
             if len(rows) == ROWS:
                 writer.write_table(pa.Table.from_pylist(rows, LISTING_SCHEMA))
                 rows = []
-            if one.state in ("added", "changed"):
+            if one.is_new:
                 yield one.item
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, LISTING_SCHEMA))
