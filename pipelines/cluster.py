@@ -20,7 +20,6 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-ENVIRONMENT_OF_OURS = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # of its one node no part is taken away
 MIB, GIB = 1 << 20, 1 << 30
 EPSILON = 1e-6
 
@@ -73,8 +72,6 @@ def _init_arguments(settings: RaySettings) -> dict[str, Any]:
         if settings.address.startswith("ray://"):
             raise ClusterError(f"ray.address: {settings.address!r} is a Ray Client; give host:port, or submit a job")
         return {"address": settings.address}
-    for name, value in ENVIRONMENT_OF_OURS.items():
-        os.environ.setdefault(name, value)
     return {
         "address": "local",
         "num_cpus": settings.num_cpus,
@@ -91,7 +88,6 @@ def stage_environment() -> dict[str, str]:
     own = (sys.prefix, sys.base_prefix)
     folders = [os.path.abspath(p) for p in sys.path if not p.startswith(own) and (not p or os.path.isdir(p))]
     settings = {name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()}
-    settings |= {name: os.environ[name] for name in ENVIRONMENT_OF_OURS if name in os.environ}
     return {**settings, **buckets.environment(), "PYTHONPATH": os.pathsep.join(dict.fromkeys(folders))}
 
 
