@@ -154,7 +154,7 @@ BAD_LINES = {
     "a number": (b'{"uri": 3}\n', 1, "uri = 3: text is needed"),
     "a list of labels": (b'{"uri": "a.png", "label": ["cat"]}\n', 1, r"label = \['cat'\]: text is needed"),
     "a truth": (b'{"uri": "a.png", "label": true}\n', 1, "label = True: text is needed"),
-    "more than a float": (b'{"uri": "a.png", "complexity": 1%s}\n' % (b"0" * 400), 1, "complexity = 10+…: a finite number"),
+    "beyond floats": (b'{"uri": "a.png", "complexity": 1%s}\n' % (b"0" * 400), 1, "complexity = 10+…: a finite number"),
     "a truth for a score": (b'{"uri": "a.png", "complexity": true}\n', 1, "complexity = True: a finite number"),
     "half a character": (b'{"uri": "\\ud800.png"}\n', 1, "can't be written as UTF-8"),
     "a well": (b"[" * 100_000, 1, "not JSON"),
