@@ -24,8 +24,8 @@ from components.targets import Kind, prepare_target
 
 MAX_TASKS = 4096
 # Ray Data takes 0.2 s from the end of a task to the start of the next, so that a task is to have some seconds of work.
-FILES_A_TASK, BYTES_A_TASK = 2048, 256 << 20  # at most, of small files and of large ones
-TASKS_A_SLOT = 8  # at least, so that all slots end at about the same time
+FILES_A_TASK, BYTES_A_TASK = 4096, 256 << 20  # at most, of small files and of large ones
+TASKS_A_SLOT = 4  # at least, so that all slots end at about the same time and progress is seen
 NO_ACCESS = "cannot be read for want of access: "  # in a reason: access may come, and the file's ETag stays
 TASK_RETRIES = 3  # a file that kills its worker must fail the run, not be tried for ever (Ray Data's default)
 
