@@ -36,7 +36,7 @@ from model.starter import model_folder
 from model.tokens import TokenBatch
 
 SIZE, BATCH, DISTINCT, ROWS = 64, 32, 200, 50
-SAMPLE_S = 2.0  # between looks at memory, which themselves take a tenth of a second of CPU
+SAMPLE_S = 4.0  # between looks at memory, which themselves take a tenth of a second of CPU
 SCORES = ScoreStageConfig(metrics=("l1", "mse", "psnr"))
 
 
@@ -189,7 +189,7 @@ def main() -> None:
         files = home / "ingest" / str(options.images[-1]) / "images"
         made = home / "all" / str(options.model_images[-1]) / "ingest" / "table"
         loops = {"ingest": loop_ingest(files, options.cpus)}
-        loops["tokenize"], loops["score"] = loop_model(made, options.model_images[0], options.cpus)
+        loops["tokenize"], loops["score"] = loop_model(made, options.model_images[-1], options.cpus)
         print("\n| stage | plain loop, images/s | the stage against it |\n|---|---|---|")
         for stage, rate in loops.items():
             print(f"| {stage} | {rate:.0f} | {rates[stage] / rate:.2f} |")
