@@ -48,7 +48,7 @@ class EncodeRequest:
 def encode_folder(request: EncodeRequest, progress: Callable[[str], None]) -> Figures:
     """Write a TokenArchive of every image in ``request.source``; raises ValueError for a bad folder or rule."""
     from model import AlitTokenizer
-    from model.inference import keep_freed_memory
+    from model.memory import keep_freed_memory
 
     keep_freed_memory()
     with local_folder(request.model) as folder:
@@ -111,7 +111,7 @@ def decode_archive(model: str, archive: str, output: str, progress: Callable[[st
     from PIL import Image
 
     from model import AlitTokenizer
-    from model.inference import keep_freed_memory
+    from model.memory import keep_freed_memory
     from model.tokens import TokenBatch
 
     keep_freed_memory()

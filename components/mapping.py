@@ -83,7 +83,7 @@ def load_tokenizer(uri: str, precision: "Precision" = "fp32") -> "AlitTokenizer"
     import torch
 
     from model import AlitTokenizer
-    from model.inference import keep_freed_memory
+    from model.memory import keep_freed_memory
 
     keep_freed_memory()
     with local_folder(uri) as folder:

@@ -9,7 +9,6 @@ alone: torch multiplies int8 on CUDA only for more than 16 rows and sizes that a
 tokens of one image are fewer.
 """
 
-import ctypes
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -21,20 +20,6 @@ if TYPE_CHECKING:
 Precision = Literal["fp32", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 INT8_MAX = 127
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Make this process keep what it frees for what it allocates next, where its C library is glibc.
-
-    Else the kernel takes back every freed block of 32 MiB and more, as activations at 256 px are, and clears each page
-    for the next layer: a fifth of the base tokenizer's time. The setting is the whole process's, so one that is there
-    for inference asks for it, and not the model. https://man7.org/linux/man-pages/man3/mallopt.3.html
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 2**30)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 class Int8Linear(nn.Module):

@@ -10,6 +10,7 @@ from components.train.journal import Journal, out_of_memory
 from components.train.learner import Diverged, Learner, TrainRun
 from components.train.parallel import Place
 from components.train.recipes import RECIPES
+from model.memory import keep_freed_memory
 
 
 def train_loop(loop_config: dict[str, TrainRun]) -> dict[str, str]:
@@ -21,6 +22,7 @@ def train_loop(loop_config: dict[str, TrainRun]) -> dict[str, str]:
     import ray.train
     import ray.train.torch
 
+    keep_freed_memory()
     run, context = loop_config["run"], ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
     learner = Learner(run, place)

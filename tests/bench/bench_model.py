@@ -29,7 +29,8 @@ from components.config import OptimizerConfig
 from components.train.optimizer import build_optimizer
 from model import SIZES, AlitTokenizer
 from model.config import DistillConfig
-from model.inference import PRECISIONS, keep_freed_memory, prepare_for_inference
+from model.inference import PRECISIONS, prepare_for_inference
+from model.memory import keep_freed_memory
 from model.objectives import DistillObjective, train_only
 from model.recompute import recompute_blocks
 from model.selection import FixedTokens, Floats, Selection
@@ -187,10 +188,10 @@ def measure(case: str, options: argparse.Namespace, tokenizer: AlitTokenizer, im
     training = "training" in case
     if "1024" in case:
         tokenizer, images = tokenizer.resized((1024, 1024)), photographs(1, 1024)
+    keep_freed_memory()
     if training:
         recompute_blocks(tokenizer.train(), options.recompute)
     else:
-        keep_freed_memory()
         prepare_for_inference(tokenizer.eval(), options.dtype)
     meter = Meter(tokenizer)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=training and options.dtype == "bf16"):

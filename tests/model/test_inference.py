@@ -1,10 +1,5 @@
 """bf16 and int8 stay close, leave no trace in what is saved, and give an image the same tokens in any company."""
 
-import ctypes
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -62,28 +57,3 @@ def test_tokens_and_pixels_are_the_same_bits_in_any_company(precision):
         alone = tokenizer.encode(images[row : row + 1], Threshold("l1", max=0.06))
         assert (alone[0] == together[row]).all()
         assert torch.equal(tokenizer.decode(alone)[0], restored[row])
-
-
-FAULTS = """
-import resource, sys
-import torch
-from model.inference import keep_freed_memory
-if sys.argv[1] == "keep":
-    keep_freed_memory()
-for _ in range(16):
-    torch.ones(16 << 20)  # 64 MiB
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(8):
-    torch.ones(16 << 20)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="the C library isn't glibc")
-def test_memory_that_is_freed_comes_again_without_the_kernel():
-    def faults(how: str) -> int:
-        command = [sys.executable, "-c", FAULTS, how]
-        done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=True)
-        return int(done.stdout)
-
-    assert faults("keep") < faults("give back") / 2
