@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +11,16 @@ from torch import Tensor, nn
 
 from model.discriminator import PatchDiscriminator
 from model.losses import adaptive_weight, hinge_discriminator, hinge_generator, lecam_penalty, r1_penalty
-from model.objectives import MODEL_TURN, Loss, Objective, Term, Turn, latent_health, sampled_rollouts, unused_parameters
+from model.objectives import (
+    MODEL_TURN,
+    Loss,
+    RolloutObjective,
+    Term,
+    Turn,
+    latent_health,
+    sampled_rollouts,
+    unused_parameters,
+)
 from model.perceptual import build_perceptual
 from model.recipes import FinetuneConfig
 from model.rollout import RolloutStep
@@ -18,7 +29,7 @@ from model.tokenizer import AlitTokenizer
 LECAM_DECAY = 0.99
 
 
-class FinetuneObjective(Objective):
+class FinetuneObjective(RolloutObjective):
     """Photographs through the tokenizer, base included, against a discriminator: two players, each a turn a step.
 
     The discriminator's turn takes ``made`` of the model's loss, so that nothing is reconstructed twice::
@@ -78,19 +89,12 @@ class FinetuneObjective(Objective):
         made = self._make(images, generator) if turn.made is None else turn.made
         return self._discriminator_turn(images, made)
 
-    def _rollouts(self, images: Tensor, generator: torch.Generator) -> Iterator[tuple[int, RolloutStep]]:
-        return sampled_rollouts(self.tokenizer, images, self.config.sampled_rollouts, generator)
-
     def _model_turn(self, images: Tensor, generator: torch.Generator, weight: float) -> Loss:
-        losses, made = list[Loss](), dict[int, Tensor]()
-        for rollout, state in self._rollouts(images, generator):
-            if self.training and self.health is not None and state.codes is not None:
-                self.health.record(state.codes, state.projected)
-            losses.append(self._judged(images, rollout, state, weight))
-            made[rollout] = state.images.detach()
-        return _mean(losses, made)
+        judge = partial(self._judged, images, weight)
+        total, losses = self.judged(images, generator, self.config.sampled_rollouts, judge)
+        return _mean(total, losses)
 
-    def _judged(self, images: Tensor, rollout: int, state: RolloutStep, weight: float) -> Loss:
+    def _judged(self, images: Tensor, weight: float, rollout: int, state: RolloutStep) -> Loss:
         """The model's loss at one rollout; ``weight``: of the adversarial part, 0 leaves the discriminator out."""
         config, parts = self.config, {"pixel": F.l1_loss(state.images, images)}
         reconstruction = config.pixel_weight * parts["pixel"]
@@ -109,7 +113,7 @@ class FinetuneObjective(Objective):
                 parts["adaptive"] = adaptive_weight(reconstruction, parts["adversarial"], last, self.average)
                 adversarial = parts["adaptive"] * adversarial
             total = total + adversarial
-        return _loss(total, parts, state.num_tokens)
+        return replace(_loss(total, parts, state.num_tokens), made={rollout: state.images.detach()})
 
     def _discriminator_turn(self, images: Tensor, made: Mapping[int, Tensor]) -> Loss:
         config = self.config
@@ -129,7 +133,7 @@ class FinetuneObjective(Objective):
                 total = total + config.lecam_weight * parts["lecam"]
             parts |= {"logits_real": real.mean(), "logits_fake": fake.mean()}
             losses.append(_loss(total, parts, self.tokenizer.budgets[rollout]))
-        return _mean(losses, {})
+        return _mean(torch.stack([loss.total for loss in losses]).sum(), losses)
 
     def _lecam(self, rollout: int, real: Tensor, fake: Tensor) -> Tensor:
         row = self.lecam_means[rollout % len(self.lecam_means)]
@@ -140,7 +144,8 @@ class FinetuneObjective(Objective):
 
     @torch.no_grad()
     def _make(self, images: Tensor, generator: torch.Generator) -> dict[int, Tensor]:
-        return {rollout: state.images for rollout, state in self._rollouts(images, generator)}
+        rollouts = sampled_rollouts(self.tokenizer, images, self.config.sampled_rollouts, generator)
+        return {rollout: state.images for rollout, state in rollouts}
 
     def _discriminator(self, rollout: int) -> nn.Module:
         return self.discriminators[rollout % len(self.discriminators)]
@@ -163,6 +168,7 @@ def _loss(total: Tensor, parts: Mapping[str, Tensor], num_tokens: int) -> Loss:
     return Loss(total, tuple(Term(name, num_tokens, value.detach()) for name, value in parts.items()))
 
 
-def _mean(losses: list[Loss], made: Mapping[int, Tensor]) -> Loss:
-    total = torch.stack([loss.total for loss in losses]).mean()
-    return Loss(total, tuple(term for loss in losses for term in loss.terms), made)
+def _mean(total: Tensor, losses: list[Loss]) -> Loss:
+    """Of losses that sum up to ``total``."""
+    made = {rollout: images for loss in losses for rollout, images in loss.made.items()}
+    return Loss(total / len(losses), tuple(term for loss in losses for term in loss.terms), made)

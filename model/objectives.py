@@ -5,7 +5,8 @@ Legend: B batch, G grid tokens, K codebook entries.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from model.base import BaseTokenizer
 from model.config import BaseObjectiveConfig, DistillConfig
+from model.early_backward import EarlyBackward
 from model.local_start import fill_codebook
 from model.quantizer import CodebookHealth, VectorQuantizer
 from model.rollout import RolloutStep
@@ -59,10 +61,13 @@ class Objective(nn.Module, ABC):
     """What a training stage minimises. Usually one player, the model; a game has more, each with its own optimizer.
 
     A training step is, for each of :meth:`players`, a call, backward, clip and step of that player's own optimizer.
-    Under DDP ``average`` is set to a mean over the ranks, for what is not linear in the images.
+    Under DDP ``average`` is set to a mean over the ranks, for what is not linear in the images. ``early`` lets a call
+    run the backward pass of each rollout's decoder and losses itself (``model/early_backward.py``): not under FSDP,
+    which gathers and scatters as one backward pass goes by, nor at fp16, where only a scaled loss has gradients.
     """
 
     health: CodebookHealth | None
+    early = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -175,7 +180,36 @@ class BaseObjective(Objective):
         return Loss(total, tuple(Term(name, None, value.detach()) for name, value in parts.items()))
 
 
-class DistillObjective(Objective):
+class RolloutObjective(Objective):
+    """What is minimised over the rollouts of a tokenizer."""
+
+    tokenizer: AlitTokenizer
+
+    def judged(
+        self,
+        images: Tensor,
+        generator: torch.Generator,
+        sampled: int | None,
+        judge: Callable[[int, RolloutStep], Loss],
+    ) -> tuple[Tensor, list[Loss]]:
+        """The sum of what ``judge`` finds for each rollout of :func:`sampled_rollouts`, and each of them."""
+        early = EarlyBackward(self.tokenizer.parameters()) if self.early and torch.is_grad_enabled() else None
+        losses = list[Loss]()
+        for rollout, step in sampled_rollouts(self.tokenizer, images, sampled, generator):
+            judged = step if early is None else step.apart(early.leaf(step.hidden))
+            if self.training and self.health is not None and judged.codes is not None:
+                self.health.record(judged.codes, judged.projected)
+            loss = judge(rollout, judged)
+            if early is not None:
+                early.take(step.hidden, judged.hidden, loss.total)
+                step.grid = judged.grid.detach()  # for halting
+                loss = replace(loss, total=loss.total.detach())
+            losses.append(loss)
+        total = torch.stack([loss.total for loss in losses]).sum() if early is None else early.total()
+        return total, losses
+
+
+class DistillObjective(RolloutObjective):
     """Predict the frozen base's grid from the latents of every rollout."""
 
     def __init__(self, tokenizer: AlitTokenizer, config: DistillConfig) -> None:
@@ -216,17 +250,10 @@ class DistillObjective(Objective):
 
     def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:
         """Loss of images [B, 3, H, W] in [0, 1]; ``generator`` draws the rollouts and the halting."""
-        total, terms = images.new_zeros(()), list[Term]()
-        rollouts = sampled_rollouts(self.tokenizer, images, self.config.sampled_rollouts, generator)
-        for rollout, step in rollouts:
-            if self.training and self.health is not None and step.codes is not None:
-                self.health.record(step.codes, step.projected)
-            loss = self._step(images, rollout, step)
-            total = total + loss.total
-            terms.extend(loss.terms)
-        return Loss(total, tuple(terms))
+        total, losses = self.judged(images, generator, self.config.sampled_rollouts, partial(self._judged, images))
+        return Loss(total, tuple(term for loss in losses for term in loss.terms))
 
-    def _step(self, images: Tensor, rollout: int, step: RolloutStep) -> Loss:
+    def _judged(self, images: Tensor, rollout: int, step: RolloutStep) -> Loss:
         """Loss of one rollout."""
         base, config = self.tokenizer.base, self.config
         token = base.distance(step.grid, step.target, config.label_smoothing).mean()

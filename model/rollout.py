@@ -59,6 +59,10 @@ class RolloutStep:
         with torch.no_grad():
             return RolloutStep(self._tokenizer, self.hidden, self.target).grid
 
+    def apart(self, hidden_BLW: Tensor) -> "RolloutStep":
+        """The same step from ``hidden`` of one's own, for another graph."""
+        return RolloutStep(self._tokenizer, hidden_BLW, self.target)
+
     def narrowed(self, rows: Tensor) -> "RolloutStep":
         """The same step for some images (int64 [b]) of the batch, with the grid if it was computed."""
         step = RolloutStep(self._tokenizer, self.hidden[rows], self.target[rows])

@@ -86,7 +86,7 @@ class AlitTokenizer(nn.Module):
             parts = [self._embedded(*row) for row in _rows(images, noise)]
             return torch.cat([tokens for tokens, _ in parts]), torch.cat([target for _, target in parts])
         grid = self.base.encode(images, noise)
-        return self.encoder.image_tokens(images, grid.features_BEhw), grid.target
+        return self.encoder.image_tokens(images, grid.features_BEhw), grid.target.detach()
 
     def _one_by_one(self, batch: Tensor) -> bool:
         """Whether convolutions take images singly: on a CPU they round differently in a batch of another size.

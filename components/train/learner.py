@@ -110,6 +110,7 @@ class Learner:
         self.share = Share.of_rank(place.rank, place.world, run.config.train.batch_size)
         self.objective: Objective = RECIPES[run.recipe].build(run.config, run.inputs, run.resources.start)
         self.objective.to(place.device).average = place.mean
+        self.objective.early = run.resources.strategy == "ddp" and run.config.train.precision != "fp16"
         self.resting: tuple[str, ...] | None = None
         self.steps_done = 0
         self.skips = torch.zeros(2, dtype=torch.int64, device=place.device)  # in all, in a row; read when asked for
