@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+ALL = slice(None)
+
 
 class Attention(nn.Module):
     """Multi-head self-attention without mask or dropout: [B, T, W] -> [B, T, W]."""
@@ -24,11 +26,11 @@ class Attention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         return q, k, v
 
-    def forward(self, x_BTW: Tensor) -> Tensor:
-        """Mix the tokens of each sequence."""
+    def forward(self, x_BTW: Tensor, wanted: slice = ALL) -> Tensor:
+        """Mix the tokens of each sequence; the ``wanted`` ones are returned."""
         q, k, v = self.heads(x_BTW)
-        mixed = F.scaled_dot_product_attention(q, k, v)
-        return self.out(mixed.transpose(1, 2).reshape(x_BTW.shape))
+        mixed = F.scaled_dot_product_attention(q[:, :, wanted], k, v)
+        return self.out(mixed.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -42,9 +44,9 @@ class Block(nn.Module):
         self.expand = nn.Linear(width, 4 * width)
         self.contract = nn.Linear(4 * width, width)
 
-    def forward(self, x_BTW: Tensor) -> Tensor:
-        """[B, T, W] -> [B, T, W]."""
-        x_BTW = x_BTW + self.attention(self.norm_1(x_BTW))
+    def forward(self, x_BTW: Tensor, wanted: slice = ALL) -> Tensor:
+        """[B, T, W] -> [B, T, W], or of the ``wanted`` tokens alone, for which the others are read but not updated."""
+        x_BTW = x_BTW[:, wanted] + self.attention(self.norm_1(x_BTW), wanted)
         return x_BTW + self.contract(F.gelu(self.expand(self.norm_2(x_BTW))))
 
 

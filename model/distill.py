@@ -84,4 +84,7 @@ class GridDecoder(nn.Module):
         queries_SW = torch.cat([self.class_token, self.mask_token[0].expand(num_grid, -1)]) + self.positions
         latents_BLW = self.embed(latents_BLD) + self.latent_positions[:length]
         x = self.norm_in(torch.cat([queries_SW.expand(batch, -1, -1), latents_BLW], dim=1))
-        return self.head(self.norm_out(self.blocks(x)[:, 1 : 1 + num_grid]))
+        *blocks, last = self.blocks
+        for block in blocks:
+            x = block(x)
+        return self.head(self.norm_out(last(x, slice(1, 1 + num_grid))))
