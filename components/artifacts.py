@@ -264,22 +264,46 @@ class ImageSet(Artifact):
 
 
 @dataclass(frozen=True)
-class BaseTokenizer(Artifact):
+class GridSet(ImageSet):
+    """``table``: image_id, split and image of an ImageSet, and ``grid``: what a base makes of the image, features
+    float32 [E * h * w] in that order; files as the ImageSet's. ``base.json``: the digest of the base.
+    """
+
+    schema: ClassVar[str] = "grid_set"
+    version: ClassVar[int] = 1
+    follows_images: ClassVar[bool] = True
+    column: ClassVar[str] = "grid"
+
+    @property
+    def grid_bytes(self) -> int:
+        """Of one image."""
+        store, path = filesystem(self.table_uri)
+        schema = pq.read_schema(store.get_file_info(fs.FileSelector(path))[0].path, filesystem=store)
+        return 4 * int(schema.field(self.column).type.list_size)
+
+
+@dataclass(frozen=True)
+class _Weights(Artifact):
+    """``weights.safetensors`` and ``config.json``."""
+
+    def digest(self) -> str:
+        """sha256 of both files: the same for what was trained here and a copy from the model registry."""
+        with local_folder(self.uri) as folder:
+            return digest_of(Path(folder), TOKENIZER_FILES)
+
+
+@dataclass(frozen=True)
+class BaseTokenizer(_Weights):
     """``weights.safetensors`` and ``config.json`` of the 2D base tokenizer."""
 
     schema: ClassVar[str] = "base_tokenizer"
 
 
 @dataclass(frozen=True)
-class Tokenizer(Artifact):
+class Tokenizer(_Weights):
     """``weights.safetensors`` and ``config.json`` of the whole adaptive tokenizer, its base included."""
 
     schema: ClassVar[str] = "tokenizer"
-
-    def digest(self) -> str:
-        """sha256 of both files: the same for the one that was trained here and a copy from the model registry."""
-        with local_folder(self.uri) as folder:
-            return digest_of(Path(folder), TOKENIZER_FILES)
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,8 @@ class FinetuneObjective(RolloutObjective):
 
     def _model_turn(self, images: Tensor, generator: torch.Generator, weight: float) -> Loss:
         judge = partial(self._judged, images, weight)
-        total, losses = self.judged(images, generator, self.config.sampled_rollouts, judge)
+        rollouts = sampled_rollouts(self.tokenizer, images, self.config.sampled_rollouts, generator)
+        total, losses = self.judged(rollouts, judge)
         return _mean(total, losses)
 
     def _judged(self, images: Tensor, weight: float, rollout: int, state: RolloutStep) -> Loss:

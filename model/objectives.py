@@ -44,7 +44,8 @@ class Turn:
     """Whose move a call of an objective is, and what it may use.
 
     ``made``: reconstructions by rollout, from the player that moved before in this step. ``targets``: what the images'
-    source says of them, by name (label, depth, mask), for objectives that learn from it.
+    source says of them, by name (label, depth, mask), for objectives that learn from it, and ``grid``, the base's
+    features float32 [B, E * h * w], where they are known.
     """
 
     player: str = "model"
@@ -115,7 +116,11 @@ def train_only(objective: nn.Module, parameters: Mapping[str, nn.Parameter]) -> 
 
 
 def sampled_rollouts(
-    tokenizer: AlitTokenizer, images: Tensor, sampled: int | None, generator: torch.Generator
+    tokenizer: AlitTokenizer,
+    images: Tensor,
+    sampled: int | None,
+    generator: torch.Generator,
+    features: Tensor | None = None,
 ) -> Iterator[tuple[int, RolloutStep]]:
     """The rollouts that enter this step's loss: ``sampled`` different ones drawn anew, or all when that is None.
 
@@ -126,7 +131,7 @@ def sampled_rollouts(
     if sampled is not None:
         chosen = set(torch.randperm(number, generator=generator, device=generator.device)[:sampled].tolist())
     halting = generator if tokenizer.config.halting.enabled else None
-    for rollout, step in enumerate(tokenizer.rollout(images, halting_noise=halting)):
+    for rollout, step in enumerate(tokenizer.rollout(images, features=features, halting_noise=halting)):
         if rollout in chosen:
             yield rollout, step
         if rollout == max(chosen):
@@ -186,16 +191,12 @@ class RolloutObjective(Objective):
     tokenizer: AlitTokenizer
 
     def judged(
-        self,
-        images: Tensor,
-        generator: torch.Generator,
-        sampled: int | None,
-        judge: Callable[[int, RolloutStep], Loss],
+        self, rollouts: Iterator[tuple[int, RolloutStep]], judge: Callable[[int, RolloutStep], Loss]
     ) -> tuple[Tensor, list[Loss]]:
-        """The sum of what ``judge`` finds for each rollout of :func:`sampled_rollouts`, and each of them."""
+        """The sum of what ``judge`` finds for each of ``rollouts``, and each of them."""
         early = EarlyBackward(self.tokenizer.parameters()) if self.early and torch.is_grad_enabled() else None
         losses = list[Loss]()
-        for rollout, step in sampled_rollouts(self.tokenizer, images, sampled, generator):
+        for rollout, step in rollouts:
             judged = step if early is None else step.apart(early.leaf(step.hidden))
             if self.training and self.health is not None and judged.codes is not None:
                 self.health.record(judged.codes, judged.projected)
@@ -250,7 +251,11 @@ class DistillObjective(RolloutObjective):
 
     def forward(self, images: Tensor, generator: torch.Generator, turn: Turn = MODEL_TURN) -> Loss:
         """Loss of images [B, 3, H, W] in [0, 1]; ``generator`` draws the rollouts and the halting."""
-        total, losses = self.judged(images, generator, self.config.sampled_rollouts, partial(self._judged, images))
+        features, sampled = turn.targets.get("grid"), self.config.sampled_rollouts
+        if features is not None:
+            features = features.view(len(features), -1, *self.tokenizer.config.grid)
+        rollouts = sampled_rollouts(self.tokenizer, images, sampled, generator, features)
+        total, losses = self.judged(rollouts, partial(self._judged, images))
         return Loss(total, tuple(term for loss in losses for term in loss.terms))
 
     def _judged(self, images: Tensor, rollout: int, step: RolloutStep) -> Loss:

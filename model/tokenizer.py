@@ -61,12 +61,14 @@ class AlitTokenizer(nn.Module):
         self,
         images: Tensor,
         *,
+        features: Tensor | None = None,
         posterior_noise: Tensor | None = None,
         halting_noise: Sequence[Tensor] | torch.Generator | None = None,
     ) -> Rollout:
         """Iterate over the budgets: one :class:`RolloutStep` each, and nothing computed that is not asked for.
 
         ``images``: float32 [B, 3, H, W] in [0, 1]; raises ValueError when the shape does not fit ``config.image_size``.
+        ``features``: [B, E, h, w] of the base's grid, where they are known (``base.encode``): its encoder doesn't run.
         ``posterior_noise``: [B, E, h, w], a sample of a VAE's posterior instead of its mode. ``halting_noise``: uniform
         numbers in [0, 1), one [B, G] a rollout, or a generator of them; without it halting is deterministic.
         Stop iterating and no further rollout runs. Gradients flow where they are enabled.
@@ -78,14 +80,14 @@ class AlitTokenizer(nn.Module):
             noise = HaltingNoise(generator=halting_noise)
         else:
             noise = HaltingNoise(given=halting_noise)
-        return Rollout(self, *self._embedded(images, posterior_noise), noise)
+        return Rollout(self, *self._embedded(images, features, posterior_noise), noise)
 
-    def _embedded(self, images: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _embedded(self, images: Tensor, features: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Image tokens [B, S, W] and targets."""
         if self._one_by_one(images):
-            parts = [self._embedded(*row) for row in _rows(images, noise)]
+            parts = [self._embedded(*row) for row in _rows(images, features, noise)]
             return torch.cat([tokens for tokens, _ in parts]), torch.cat([target for _, target in parts])
-        grid = self.base.encode(images, noise)
+        grid = self.base.encode(images, noise) if features is None else self.base.grid(features)
         return self.encoder.image_tokens(images, grid.features_BEhw), grid.target.detach()
 
     def _one_by_one(self, batch: Tensor) -> bool:
@@ -265,9 +267,9 @@ def resize_positions(table_SW: Tensor, grid: tuple[int, int], new_grid: tuple[in
     return torch.cat([class_1W, resized.to(table_SW.dtype).flatten(2)[0].T])
 
 
-def _rows(images: Tensor, noise: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+def _rows(images: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
     for row in range(len(images)):
-        yield images[row : row + 1], None if noise is None else noise[row : row + 1]
+        yield images[row : row + 1], *(None if other is None else other[row : row + 1] for other in others)
 
 
 def _index(rows: NDArray[np.int64], like: Tensor) -> Tensor:

@@ -98,6 +98,7 @@ class TrainingSection(TrainResources):
     base_objective: BaseObjectiveConfig = BaseObjectiveConfig()
     distill: TrainSection
     distill_objective: DistillConfig = DistillConfig()
+    store_grids: bool = False  # the base's of every image, once, for a distill stage that doesn't augment its images
     finetune: FinetuneSection | None = None  # None: the distilled tokenizer is the result
     finetune_objective: FinetuneConfig = FinetuneConfig()
 
@@ -123,6 +124,12 @@ class TrainingSection(TrainResources):
             if self.start == "scratch" and not section.steps:
                 raise ValueError(f"{name}.steps = 0: at least 1 when training.from is scratch")
         self._check_strategy()
+        if self.store_grids and (self.distill.crop_scale is not None or self.distill.recolour):
+            augmented = f"crop_scale = {self.distill.crop_scale} and recolour = {self.distill.recolour}"
+            raise ValueError(
+                f"store_grids = true: a grid is of the whole image as it is, so distill needs crop_scale = null and "
+                f"recolour = 0, not {augmented}"
+            )
         folder = self.start_folder
         here = (info.context or {}).get("folders_exist", True)
         known = folder is None or folder == STARTER_NAME or "://" in folder

@@ -31,7 +31,7 @@ from pipelines.selection import published, stages_from_scores
 def build(config: RunConfig) -> Pipeline:
     """The stages of ``config``; looks at the source's listing. Raises ConfigError when the source can't be read."""
     tokenizer = trained(config)
-    training = [_base(config), _distill(config), *_finetune(config)]
+    training = [_base(config), *_grids(config), _distill(config), *_finetune(config)]
     stages = [ingest_stage(config), *training, tokenize_stage(config, tokenizer)]
     stages += [*judge_stages(config), score_stage(config, tokenizer), *stages_from_scores(config, tokenizer)]
     stages += analyzing_stages(config, tokenizer)
@@ -86,6 +86,22 @@ def _base(config: RunConfig) -> Stage:
     )
 
 
+def _grids(config: RunConfig) -> list[Stage]:
+    if not config.training.store_grids:
+        return []
+    stage = Stage(
+        "grids",
+        run="components.grids:make_grids",
+        produces="GridSet",
+        config=NoConfig(),
+        resources=config.inference.resources(),
+        needs={"images": "ingest", "base": "base"},
+        demand=inference_demand(config),
+        headline=("images", "encoded"),
+    )
+    return [stage]
+
+
 def _distill(config: RunConfig) -> Stage:
     training = config.training
     smallest, largest = config.tokenizer.budgets[0], config.tokenizer.budgets[-1]
@@ -101,7 +117,7 @@ def _distill(config: RunConfig) -> Stage:
             train=training.distill.config(training.start_folder),
         ),
         resources=training.resources(),
-        needs={"images": "ingest", "base": "base"},
+        needs={"images": "grids" if training.store_grids else "ingest", "base": "base"},
         fingerprint=_start(training.start_folder),
         demand=training_demand(config),
         headline=("steps", f"l1@{smallest}", f"l1@{largest}"),

@@ -6,7 +6,7 @@ Legend: B images a step over all workers, b = this worker's share of them, N ima
 import heapq
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from components.artifacts import ImageSet, filesystem
+from components.artifacts import GridSet, ImageSet, filesystem
+from components.grids import grids_of
 from components.images import Share, stack
 from components.parts import part_names
 from components.targets import decode_targets
@@ -52,16 +53,17 @@ class Decode:
     """Rows of an ImageSet as arrays: image_id, image (uint8 [3, H, W]) and target columns.
 
     A label becomes its number among ``classes`` (-1: another); see components.targets for depth and mask. Images
-    that lack one of the targets are left out.
+    that lack one of the targets are left out. ``grids``: of a GridSet, its grids too, float32 [E * h * w].
     """
 
     targets: tuple[str, ...] = ()
     classes: tuple[str, ...] = ()
+    grids: bool = False
 
     @property
     def columns(self) -> list[str]:
         """What is read of the table."""
-        return ["image_id", "split", "image", *self.targets]
+        return ["image_id", "split", "image", *self.targets, *([GridSet.column] if self.grids else [])]
 
     def rows(self, table: pa.Table, split: str) -> pa.Table:
         """Those of ``split`` that have every target."""
@@ -76,6 +78,8 @@ class Decode:
         if "label" in found:
             numbers = {name: number for number, name in enumerate(self.classes)}
             found["label"] = np.array([numbers.get(name, -1) for name in found["label"]], dtype=np.int64)
+        if self.grids:
+            found[GridSet.column] = grids_of(table)
         return {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist()), **found}
 
 
@@ -123,7 +127,11 @@ def read_train(images: ImageSet, decode: Decode, threads: int) -> dict[str, np.n
 
 
 def held_out(images: ImageSet, limit: int, decode: Decode, share: Share | None = None) -> Batch:
-    """At most ``limit`` images of the val split, those with the smallest ids; of these the ``share`` of one worker."""
+    """At most ``limit`` images of the val split, those with the smallest ids; of these the ``share`` of one worker.
+
+    Without grids: what is measured of a model is measured of all of it.
+    """
+    decode = replace(decode, grids=False)
     found = heapq.nsmallest(limit, _val_rows(images, decode))
     share = share or Share(0, 1, 1)
     wanted = found[len(found) * share.start // share.of : len(found) * share.stop // share.of]

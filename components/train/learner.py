@@ -184,7 +184,7 @@ class Learner:
         train = self.run.config.train
         generator = step_generator(train.seed, self.steps_done)
         pixels = batch.images.to(self.place.device, non_blocking=True)
-        if RECIPES[self.run.recipe].crops:
+        if RECIPES[self.run.recipe].crops and train.crop_scale is not None:
             pixels = random_resized_crop(pixels, scale=train.crop_scale, generator=generator, share=self.share)
         else:
             pixels = to_float(pixels)

@@ -4,7 +4,18 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from components.artifacts import Artifact, BaseTokenizer, Figures, ImageSet, Job, Tokenizer, filled_folder, join, silent
+from components.artifacts import (
+    Artifact,
+    BaseTokenizer,
+    Figures,
+    GridSet,
+    ImageSet,
+    Job,
+    Tokenizer,
+    filled_folder,
+    join,
+    silent,
+)
 from components.config import (
     BaseStageConfig,
     DistillStageConfig,
@@ -26,7 +37,10 @@ def train_base(job: Job, *, config: BaseStageConfig, resources: TrainResources, 
 def distill(
     job: Job, *, config: DistillStageConfig, resources: TrainResources, images: ImageSet, base: BaseTokenizer
 ) -> Figures:
-    """Train the recurrent tokenizer around the frozen base (paper stage 1); the artifact is a Tokenizer."""
+    """Train the recurrent tokenizer around the frozen base (paper stage 1); the artifact is a Tokenizer.
+
+    Of a GridSet the base's grids are read; else they are computed in every step.
+    """
     return train(job, "distill", config, resources, {"images": images, "base": base})
 
 
@@ -56,9 +70,10 @@ def train(
     images = inputs["images"]
     assert isinstance(images, ImageSet)
     targets = RECIPES[recipe].targets
-    decode = Decode(targets, label_names(images) if "label" in targets else ())
+    decode = Decode(targets, label_names(images) if "label" in targets else (), isinstance(images, GridSet))
     counts, batch = count_train(images, decode), config.train.batch_size
-    number, image_bytes = sum(counts.values()), 3 * config.image_size**2
+    number = sum(counts.values())
+    image_bytes = 3 * config.image_size**2 + (images.grid_bytes if isinstance(images, GridSet) else 0)
     if number < batch:
         having = f" with a {' and a '.join(targets)}" if targets else ""
         raise ValueError(f"{recipe}: batch_size = {batch}, the train split has only {number} images{having}")

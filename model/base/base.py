@@ -49,6 +49,10 @@ class BaseTokenizer(nn.Module, ABC):
         """Images float [B, 3, H, W] in [0, 1] to a grid; ``noise`` [B, E, h, w] is a VAE's posterior sample."""
 
     @abstractmethod
+    def grid(self, features_BEhw: Tensor) -> Grid:
+        """The grid whose features are these, as :meth:`encode` finds it."""
+
+    @abstractmethod
     def autoencode(self, images: Tensor, generator: torch.Generator | None) -> Autoencoded:
         """Through the bottleneck and back, with gradients; ``generator`` draws a VAE's posterior sample."""
 

@@ -151,8 +151,11 @@ class VAE(BaseTokenizer):
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Grid:
         """The scaled mode of the posterior, or mean + std * ``noise``; the target is the same code as tokens."""
         mean, std = self.posterior(images)
-        code = self.config.latent_scale * (mean if noise is None else mean + std * noise)
-        return Grid(code, code.flatten(2).transpose(1, 2))
+        return self.grid(self.config.latent_scale * (mean if noise is None else mean + std * noise))
+
+    def grid(self, features_BEhw: Tensor) -> Grid:
+        """With the same code as tokens."""
+        return Grid(features_BEhw, features_BEhw.flatten(2).transpose(1, 2))
 
     def autoencode(self, images: Tensor, generator: torch.Generator | None) -> Autoencoded:
         """Through a posterior sample (the mode without a generator); KL to the standard normal, weight 1e-6 (LDM)."""

@@ -118,8 +118,11 @@ class VQGAN(BaseTokenizer):
         """The un-quantized features (ALIT reads those) and the indices of their nearest entries, int64 [B, G]."""
         if noise is not None:
             raise ValueError("posterior_noise: a VQGAN base has no posterior; leave it out")
-        features = self.encoder(2 * images - 1 if self.config.symmetric else images)
-        return Grid(features, self.nearest(features.flatten(2).transpose(1, 2)))
+        return self.grid(self.encoder(2 * images - 1 if self.config.symmetric else images))
+
+    def grid(self, features_BEhw: Tensor) -> Grid:
+        """With the indices of the nearest codebook rows."""
+        return Grid(features_BEhw, self.nearest(features_BEhw.flatten(2).transpose(1, 2)))
 
     def autoencode(self, images: Tensor, generator: torch.Generator | None) -> Autoencoded:
         """Through the nearest codebook rows, straight-through; commitment weight 0.25."""

@@ -56,9 +56,18 @@ MISTAKES = {
     "training.workers={min: 3, max: 2}": ("training.workers", "min = 3"),
     "training.workers={min: 1, max: 2, step: 1}": ("training.workers.step", "no such key"),
     "training.strategy=fsdp": ("base_objective.revive_every = 100", "fsdp"),
+    "training.store_grids=true": ("training.store_grids = true", "crop_scale = (0.8, 1.0) and recolour = 0.7"),
     "nonsense": ("nonsense", "KEY=VALUE"),
     "tasks.7.name=x": ("tasks.7.name=x", "nothing at '7'"),
 }
+
+
+def test_grids_that_are_kept_are_what_distill_reads(capsys: pytest.CaptureFixture[str]) -> None:
+    kept = ["training.store_grids=true", "training.distill.crop_scale=null", "training.distill.recolour=0"]
+    for overrides, maker in (([], "ingest"), (kept, "grids")):
+        assert main(["dag", "demo", *(word for one in overrides for word in ("--set", one))]) == 0
+        drawn = capsys.readouterr().out
+        assert f"{maker} -- images --> distill" in drawn and ("GridSet" in drawn) == bool(overrides)
 
 
 @pytest.mark.parametrize("override", MISTAKES)
