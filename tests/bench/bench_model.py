@@ -31,14 +31,15 @@ from model import SIZES, AlitTokenizer
 from model.config import DistillConfig
 from model.inference import PRECISIONS, prepare_for_inference
 from model.memory import keep_freed_memory
-from model.objectives import DistillObjective, train_only
+from model.objectives import DistillObjective, Turn, train_only
 from model.recompute import recompute_blocks
 from model.selection import FixedTokens, Floats, Selection
 from tests.bench.machine import PRODUCT, ceilings
 
 PHASES = ("base encode", "rollouts", "decoder", "base decode")
+GRIDS_KEPT = "training step, 2 of 8 rollouts, grids kept"
 REST = "rest"  # for training: the backward pass and the optimizer
-OWN_PROCESS = ("training step", "training step, 2 of 8 rollouts", "1024 px, fewest tokens and back")
+OWN_PROCESS = ("training step", "training step, 2 of 8 rollouts", GRIDS_KEPT, "1024 px, fewest tokens and back")
 
 
 @dataclass
@@ -150,7 +151,9 @@ def decoded(tokenizer: AlitTokenizer, images: Tensor) -> None:
     tokenizer.decode(tokenizer.encode(images, tokenizer.budgets[0]))
 
 
-def training_step(tokenizer: AlitTokenizer, images: Tensor, sampled: int | None) -> Callable[[], None]:
+def training_step(
+    tokenizer: AlitTokenizer, images: Tensor, sampled: int | None, grids_kept: bool = False
+) -> Callable[[], None]:
     """Forward, backward and AdamW of distillation."""
     objective = DistillObjective(tokenizer, DistillConfig(sampled_rollouts=sampled)).train()
     train_only(objective, objective.trainable())
@@ -158,10 +161,13 @@ def training_step(tokenizer: AlitTokenizer, images: Tensor, sampled: int | None)
     for group in optimizer.param_groups:
         group["lr"] = 1e-5
 
+    with torch.no_grad():
+        kept = {"grid": tokenizer.base.encode(images).features_BEhw.flatten(1)} if grids_kept else {}
+
     def step() -> None:
         generator = torch.Generator().manual_seed(24)  # of 8 rollouts it draws the third and the sixth, as on average
         optimizer.zero_grad()
-        objective(images, generator).total.backward()
+        objective(images, generator, Turn(targets=kept)).total.backward()
         optimizer.step()
 
     return step
@@ -179,6 +185,7 @@ def cases(tokenizer: AlitTokenizer, images: Tensor) -> dict[str, Callable[[], An
         "codes of all budgets": lambda: codes_only(tokenizer, images),
         "training step": lambda: training_step(tokenizer, images, None),
         "training step, 2 of 8 rollouts": lambda: training_step(tokenizer, images, 2),
+        GRIDS_KEPT: lambda: training_step(tokenizer, images, 2, grids_kept=True),
         "1024 px, fewest tokens and back": lambda: decoded(tokenizer, images),
     }
 
@@ -223,7 +230,7 @@ def in_own_process(case: str, arguments: Sequence[str]) -> Row:
 def table(rows: list[Row], ceiling: float) -> str:
     """As markdown; each phase: seconds, and its share of the ceiling."""
     lines = [
-        "| case | s | images/s | " + " | ".join((*PHASES, REST)) + " | GFLOP/s | of the ceiling | peak GB |",
+        "| case | s | images/s | " + " | ".join((*PHASES, REST)) + " | GFLOP/s | of the ceiling | peak GiB |",
         "|---|---|---|" + "---|" * (len(PHASES) + 4),
     ]
     for row in rows:
