@@ -65,7 +65,7 @@ MISTAKES = {
 def test_grids_that_are_kept_are_what_distill_reads(capsys: pytest.CaptureFixture[str]) -> None:
     kept = ["training.store_grids=true", "training.distill.crop_scale=null", "training.distill.recolour=0"]
     for overrides, maker in (([], "ingest"), (kept, "grids")):
-        assert main(["dag", "demo", *(word for one in overrides for word in ("--set", one))]) == 0
+        assert main(["graph", "demo", *(word for one in overrides for word in ("--set", one))]) == 0
         drawn = capsys.readouterr().out
         assert f"{maker} -- images --> distill" in drawn and ("GridSet" in drawn) == bool(overrides)
 
