@@ -88,9 +88,3 @@ class _Maker:
             parts = pixels.split(1 if self._device == "cpu" else len(pixels))
             features = [self._base.encode(part).features_BEhw.float().cpu().contiguous() for part in parts]
         return torch.cat(features).flatten(1).numpy()
-
-
-def grids_of(table: pa.Table) -> np.ndarray:
-    """The grids of rows of a GridSet, float32 [B, E * h * w]."""
-    column = table[GridSet.column].combine_chunks()
-    return column.flatten().to_numpy().reshape(len(column), -1)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from components.artifacts import GridSet, ImageSet, filesystem
-from components.grids import grids_of
 from components.images import Share, stack
 from components.parts import part_names
 from components.targets import decode_targets
@@ -79,8 +78,14 @@ class Decode:
             numbers = {name: number for number, name in enumerate(self.classes)}
             found["label"] = np.array([numbers.get(name, -1) for name in found["label"]], dtype=np.int64)
         if self.grids:
-            found[GridSet.column] = grids_of(table)
+            found[GridSet.column] = _grids(table[GridSet.column].combine_chunks())
         return {"image_id": np.asarray(table["image_id"]), "image": stack(table["image"].to_pylist()), **found}
+
+
+def _grids(column: pa.FixedSizeListArray) -> np.ndarray:
+    """float32 [N, E * h * w]."""
+    flat: np.ndarray = column.flatten().to_numpy()
+    return flat.reshape(len(column), -1)
 
 
 def count_train(images: ImageSet, decode: Decode) -> dict[str, int]:
