@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from components.artifacts import filesystem, join, read_json
 from components.parts import part_names
+from components.store import filesystem, join, read_json
 
 
 class Batch(NamedTuple):

@@ -9,22 +9,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import (
-    REJECTED_SCHEMA,
-    Figures,
-    archive_header,
-    join,
-    local_folder,
-    read_batches,
-    read_json,
-    write_json,
-    write_table,
-)
+from components.artifacts import REJECTED_SCHEMA, Figures, archive_header
 from components.config import DataConfig, IngestConfig, RuleConfig
 from components.image_files import BadImage
 from components.images import encode_png, image_id, prepare, stack, to_float, to_uint8
 from components.rules import rule_with_head
 from components.sources import open_source
+from components.store import join, local_folder, read_batches, read_json, write_json, write_table
 
 if TYPE_CHECKING:
     from model import AlitTokenizer

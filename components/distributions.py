@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from components.artifacts import ScoreTable, TokenCounts, filesystem
+from components.artifacts import ScoreTable, TokenCounts
 from components.config import RuleConfig
 from components.parts import part_names
 from components.rules import describe
 from components.scores import budgets_of, larger_is_better, score_files, whole_column
+from components.store import filesystem
 
 SAMPLE = 512  # values of a metric that are kept: evenly spaced in rank
 BINS = 10  # of the index of a metric: deciles of the reference

@@ -7,26 +7,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import (
-    Figures,
-    ImageSet,
-    Job,
-    ScoreTable,
-    TokenCounts,
-    exists,
-    filesystem,
-    finished,
-    join,
-    read_json,
-    write_json,
-    write_table,
-)
+from components.artifacts import Figures, ImageSet, Job, ScoreTable, TokenCounts, finished
 from components.config import DriftConfig, RegisteredModel, RuleConfig
 from components.distributions import Difference, compare_counts, compare_scores, histogram, tokens_of
 from components.parts import part_names
 from components.registry import ModelVersion, read_reference
 from components.rules import describe
 from components.scores import budgets_of, score_files, values_of
+from components.store import exists, filesystem, join, read_json, write_json, write_table
 from components.tracking import Tracker
 
 PICTURE = "drift.png"

@@ -3,9 +3,10 @@
 import shutil
 import tempfile
 
-from components.artifacts import Figures, Job, filled_folder
+from components.artifacts import Figures, Job
 from components.config import NoConfig, RegisteredModel
 from components.registry import ModelVersion, copy_tokenizer, download
+from components.store import filled_folder
 from components.tracking import Tracker
 
 

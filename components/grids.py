@@ -11,22 +11,12 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import (
-    BaseTokenizer,
-    Figures,
-    GridSet,
-    ImageSet,
-    Job,
-    finished,
-    join,
-    local_folder,
-    read_json,
-    write_json,
-)
+from components.artifacts import BaseTokenizer, Figures, GridSet, ImageSet, Job, finished
 from components.config import InferenceResources, NoConfig
 from components.images import stack, to_float
 from components.mapping import Mapping, Totals, map_parts
 from components.parts import Earlier, plan_parts
+from components.store import join, local_folder, read_json, write_json
 
 MAKER = "base.json"  # the digest of the base that made the grids
 KEYS = ("image_id", "split", "image")  # of the table, as the images have them

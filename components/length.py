@@ -16,12 +16,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.artifacts import (
-    Figures,
-    ImageSet,
-    Job,
-    ScoreTable,
-    Tokenizer,
+from components.artifacts import Figures, ImageSet, Job, ScoreTable, Tokenizer
+from components.config import InferenceResources, LengthStageConfig
+from components.images import stack, to_float
+from components.mapping import Mapping, Totals, load_tokenizer, map_table
+from components.scores import budgets_of, score_files, values_of
+from components.store import (
     filesystem,
     filled_folder,
     join,
@@ -30,10 +30,6 @@ from components.artifacts import (
     remove,
     write_json,
 )
-from components.config import InferenceResources, LengthStageConfig
-from components.images import stack, to_float
-from components.mapping import Mapping, Totals, load_tokenizer, map_table
-from components.scores import budgets_of, score_files, values_of
 
 if TYPE_CHECKING:
     from torch import Tensor

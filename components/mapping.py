@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.artifacts import filesystem, local_folder
 from components.config import InferenceResources
 from components.parts import THREADS, Part, Plan, completed, count_rows, link_files, part_names, read_part
+from components.store import filesystem, local_folder
 
 if TYPE_CHECKING:
     from model import AlitTokenizer

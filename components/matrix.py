@@ -15,19 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.artifacts import (
-    Figures,
-    Job,
-    ScoreTable,
-    TokenCounts,
-    filesystem,
-    join,
-    read_batches,
-    write_json,
-    write_table,
-)
+from components.artifacts import Figures, Job, ScoreTable, TokenCounts
 from components.config import MatrixStageConfig, NoConfig
 from components.scores import budgets_of, larger_is_better, score_files, values_of
+from components.store import filesystem, join, read_batches, write_json, write_table
 from model.selection import MeanTokens
 
 HOW = (

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from components.artifacts import ImageSet, ScoreTable, TokenCounts, Tokenizer, join, read_json
+from components.artifacts import ImageSet, ScoreTable, TokenCounts, Tokenizer
 from components.scores import budgets_of
 from components.software import lineage_tags
+from components.store import join, read_json
 from model.config import AlitConfig
 
 LIMITS = (  # one line: MLflow's page keeps line breaks

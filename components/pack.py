@@ -24,15 +24,12 @@ from components.artifacts import (
     TokenCounts,
     Tokenizer,
     archive_header,
-    filesystem,
-    join,
-    read_batches,
-    write_json,
 )
 from components.config import NoConfig, PackConfig
 from components.images import decode_png
 from components.parts import part_names
 from components.scores import budgets_of, larger_is_better, values_of
+from components.store import filesystem, join, read_batches, write_json
 
 HOW = (
     "Mean bits an image. packed: ceil(log2(codebook)) a token, the count not included (it takes count_bits more). "

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from components import buckets
-from components.artifacts import filesystem
+from components.store import filesystem
 
 SUFFIX = ".parquet"
 HEX = 16  # digits of a hash in a name

@@ -19,12 +19,6 @@ from components.artifacts import (
     ScoreTable,
     TokenCounts,
     Tokenizer,
-    join,
-    local_folder,
-    read_batches,
-    read_json,
-    read_table,
-    write_json,
 )
 from components.config import NoConfig, PublishConfig, RegisteredModel, RuleConfig, TablesConfig
 from components.distributions import reference_of
@@ -33,6 +27,7 @@ from components.model_card import Card
 from components.registry import Companions, ModelVersion, describe_version, register_judge, register_tokenizer
 from components.rules import serves_alone
 from components.scores import precision_of
+from components.store import join, local_folder, read_batches, read_json, read_table, write_json
 from components.tracking import Tracker
 
 if TYPE_CHECKING:

@@ -14,20 +14,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from components.artifacts import (
-    MANIFEST,
-    TOKENIZER_FILES,
-    Publication,
-    digest_of,
-    exists,
-    filled_folder,
-    join,
-    local_folder,
-    read_json,
-)
+from components.artifacts import MANIFEST, TOKENIZER_FILES, Publication, digest_of
 from components.buckets import check, is_bucket
 from components.config import RuleConfig
 from components.rules import HEADS
+from components.store import exists, filled_folder, join, local_folder, read_json
 from components.tracking import Tracker, redact
 from model.starter import model_folder
 

@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.artifacts import ScoreTable, filesystem, join, read_json
+from components.artifacts import ScoreTable
 from components.parts import part_names
+from components.store import filesystem, join, read_json
 
 if TYPE_CHECKING:
     from model.inference import Precision

@@ -14,10 +14,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.artifacts import COUNTS_SCHEMA, Figures, Job, LengthModel, ScoreTable, filesystem, join, write_json
+from components.artifacts import COUNTS_SCHEMA, Figures, Job, LengthModel, ScoreTable
 from components.config import NoConfig, RuleConfig
 from components.rules import build_rule, column, describe, searched
 from components.scores import budgets_of, larger_is_better, score_files, values_of, whole_column
+from components.store import filesystem, join, write_json
 from components.task_config import TaskConfig
 from model.selection import Rule, Selection
 

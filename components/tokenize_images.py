@@ -10,22 +10,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import (
-    Figures,
-    ImageSet,
-    Job,
-    Tokenizer,
-    exists,
-    finished,
-    join,
-    read_batches,
-    read_json,
-    write_json,
-)
+from components.artifacts import Figures, ImageSet, Job, Tokenizer, finished
 from components.config import InferenceResources, PrecisionConfig
 from components.images import stack, to_float
 from components.mapping import Mapping, Totals, load_tokenizer, map_parts
 from components.parts import Earlier, plan_parts
+from components.store import exists, join, read_batches, read_json, write_json
 
 MAKER = "tokenizer.json"  # the digest of the tokenizer that made the codes
 

@@ -8,10 +8,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from components import artifacts
-from components.artifacts import Artifact, Draft, Job, Manifest, TokenCounts, join, read_manifest
+from components.artifacts import Artifact, Draft, Job, Manifest, TokenCounts, read_manifest
 from components.config import NoConfig, RuleConfig
 from components.parts import files_digest
 from components.select_counts import select
+from components.store import join
 from components.task_config import TaskConfig
 from pipelines.build import build
 from pipelines.config import AnyConfig, ConfigError

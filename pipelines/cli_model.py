@@ -76,9 +76,9 @@ def _encode(options: argparse.Namespace) -> int:
 
 
 def _decode(options: argparse.Namespace) -> int:
-    from components.artifacts import exists, join
     from components.codec import decode_archive
     from components.registry import resolve_model
+    from components.store import exists, join
 
     if not exists(join(options.input, "tokenizer.json")):
         raise ConfigError(f"--input {options.input!r}: a token archive (a folder with tokenizer.json) is needed")

@@ -15,7 +15,8 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from components import artifacts
-from components.artifacts import UNREADABLE, Artifact, ImageSet, Manifest, finished, join, read_manifest
+from components.artifacts import UNREADABLE, Artifact, ImageSet, Manifest, finished, read_manifest
+from components.store import join
 
 STAGE_NAME = re.compile(r"[a-z][a-z0-9_]*(\.[a-z0-9_]+)*")
 RESERVED_NAMES = frozenset({"logs", "scratch", "end"})  # folders of a workspace; `end` closes a block in mermaid

@@ -15,8 +15,9 @@ from graphlib import TopologicalSorter
 from typing import Any
 
 from components import artifacts
-from components.artifacts import SEEN, Draft, Job, Manifest, WorkspaceError, join, remove
+from components.artifacts import SEEN, Draft, Job, Manifest, WorkspaceError
 from components.parts import files_digest
+from components.store import join, remove
 from pipelines.cluster import fits, stage_environment
 from pipelines.dag import Planned
 from pipelines.failures import Failure, diagnose

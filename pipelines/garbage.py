@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 from pyarrow import fs
 
-from components.artifacts import DRAFTS, Manifest, filesystem, folder_bytes, join, read_manifest, remove
+from components.artifacts import DRAFTS, Manifest, read_manifest
 from components.registry import runs_of_versions
+from components.store import filesystem, folder_bytes, join, remove
 from components.tracking import Store, known_runs, redact, store_for, used_by_runs
 from pipelines.build import build
 from pipelines.config import AnyConfig, ConfigError

@@ -4,7 +4,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from components.artifacts import join, read_bytes, read_manifest
+from components.artifacts import read_manifest
+from components.store import join, read_bytes
 from pipelines.dag import Pipeline, newest_manifest
 from pipelines.runner import absolute
 

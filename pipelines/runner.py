@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from components import tracking
-from components.artifacts import DRAFTS, join, remove
+from components.artifacts import DRAFTS
 from components.config import MlflowSettings, RaySettings
+from components.store import join, remove
 from components.tracking import DataSet, Status, Store, TrackingError
 from pipelines.cluster import ClusterError, check_demand, cluster, grown, largest_node
 from pipelines.config import ConfigError

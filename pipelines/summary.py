@@ -4,7 +4,8 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from components.artifacts import WorkspaceError, folder_bytes, join, read_manifest
+from components.artifacts import WorkspaceError, read_manifest
+from components.store import folder_bytes, join
 from pipelines.dag import Pipeline, newest_manifest
 from pipelines.recorder import RunRecord, StageRecord
 from pipelines.remedies import next_step

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from components.analyze.settings import CompareStageConfig
-from components.artifacts import join, read_json
 from components.config import NoConfig
 from components.rules import column
+from components.store import join, read_json
 from pipelines.config import ConfigError, RunConfig, load_config
 from pipelines.dag import Pipeline, Stage
 from pipelines.demands import trained

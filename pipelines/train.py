@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from components.artifacts import join, read_bytes
 from components.config import (
     BaseStageConfig,
     DistillStageConfig,
@@ -17,6 +16,7 @@ from components.config import (
     PublishConfig,
 )
 from components.sources import open_source
+from components.store import join, read_bytes
 from model.starter import model_folder
 from pipelines.analyzing import analyzing_stages
 from pipelines.config import ConfigError, PipelineConfig, RunConfig

@@ -8,7 +8,8 @@ from datetime import UTC, datetime
 from pyarrow import fs
 
 from components import buckets
-from components.artifacts import DRAFTS, filesystem
+from components.artifacts import DRAFTS
+from components.store import filesystem
 from components.tracking import ARTIFACTS
 
 PART = ".part"

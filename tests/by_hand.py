@@ -11,7 +11,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from components.artifacts import IMAGES_SCHEMA, MANIFEST, CodeBook, ImageSet, Job, Manifest, ScoreTable, Tokenizer
+from components.artifacts import (
+    IMAGES_SCHEMA,
+    MANIFEST,
+    CodeBook,
+    ImageSet,
+    Job,
+    Manifest,
+    ScoreTable,
+    Tokenizer,
+)
 from components.config import DataConfig
 from components.images import encode_png, image_id, prepare, stack, to_float
 from components.sources import open_source

@@ -14,20 +14,10 @@ from components.analyze import drawing
 from components.analyze.estimates import Bootstrap, Estimate
 from components.analyze.sections import Picture, Section, Table, write_sections
 from components.analyze.settings import CompareStageConfig, Variant
-from components.artifacts import (
-    Analysis,
-    Artifact,
-    Figures,
-    Job,
-    ScoreTable,
-    TokenCounts,
-    Tokenizer,
-    local_folder,
-    read_batches,
-    read_table,
-)
+from components.artifacts import Analysis, Artifact, Figures, Job, ScoreTable, TokenCounts, Tokenizer
 from components.config import NoConfig
 from components.scores import budgets_of, larger_is_better, score_files, told_split, values_of
+from components.store import local_folder, read_batches, read_table
 from components.tracking import Tracker
 
 DIFFERENCES = {"o": ("difference at the most", -0.12), "s": ("difference", 0.12)}  # mark: which, and where in its row

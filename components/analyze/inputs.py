@@ -13,9 +13,10 @@ import pyarrow.compute as pc
 
 from components.analyze.estimates import Bootstrap
 from components.analyze.settings import AnalyzeConfig, Criterion
-from components.artifacts import CodeBook, ImageSet, LengthModel, ScoreTable, TokenCounts, Tokenizer, read_batches
+from components.artifacts import CodeBook, ImageSet, LengthModel, ScoreTable, TokenCounts, Tokenizer
 from components.mapping import load_tokenizer
 from components.scores import budgets_of, larger_is_better, precision_of, score_files, values_of
+from components.store import read_batches
 
 if TYPE_CHECKING:
     from model import AlitTokenizer

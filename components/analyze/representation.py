@@ -14,7 +14,7 @@ from components.analyze import drawing
 from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
 from components.analyze.sections import Picture, Section, Table
-from components.artifacts import read_batches
+from components.store import read_batches
 
 if TYPE_CHECKING:
     from model import AlitTokenizer

@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from components.analyze.estimates import Estimate
-from components.artifacts import Figures, join, write_bytes, write_json, write_table
+from components.artifacts import Figures
+from components.store import join, write_bytes, write_json, write_table
 
 SECTIONS = "sections.json"
 NUMBERS_SCHEMA = pa.schema(

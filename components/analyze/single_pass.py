@@ -17,10 +17,10 @@ from components.analyze.estimates import Estimate
 from components.analyze.inputs import Inputs
 from components.analyze.rollouts import batches
 from components.analyze.sections import Picture, Section, Table
-from components.artifacts import join, local_folder, read_batches
 from components.config import RuleConfig
 from components.images import stack
 from components.rules import build_rule, describe, rule_with_head, searched
+from components.store import join, local_folder, read_batches
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, filesystem, join, read_batches, write_bytes
+from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA
 from components.config import IngestResources, IngestStageConfig
 from components.image_files import BadImage
 from components.images import Prepared, encode_png, image_id, prepare
@@ -20,6 +20,7 @@ from components.ingest.listing import DIGEST, digest, read_block
 from components.ingest.tally import REASONS_TOLD, Tally
 from components.parts import kept_name, link_files, part_name
 from components.sources import Source, SourceObject
+from components.store import filesystem, join, read_batches, write_bytes
 from components.targets import Kind, prepare_target
 
 MAX_TASKS = 4096

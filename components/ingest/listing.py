@@ -12,8 +12,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.artifacts import filesystem, read_batches
 from components.sources import Source, SourceObject, Targets
+from components.store import filesystem, read_batches
 
 BLOCK_SCHEMA = pa.schema(
     [

@@ -15,26 +15,14 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.artifacts import (
-    REJECTED_SCHEMA,
-    SEEN,
-    UNREADABLE,
-    Figures,
-    ImageSet,
-    Job,
-    finished,
-    join,
-    read_table,
-    remove,
-    write_json,
-    write_table,
-)
+from components.artifacts import REJECTED_SCHEMA, SEEN, UNREADABLE, Figures, ImageSet, Job, finished
 from components.config import IngestResources, IngestStageConfig
 from components.ingest.decode import Shrunk, Work, make_parts, unreadable
 from components.ingest.listing import Changes, Numbering, merge, read_again, read_listing, sort_out, write_blocks
 from components.ingest.tally import PARTS_SCHEMA, Tally, figures_of
 from components.parts import link_files, remove_others
 from components.sources import Listing, Source, open_source
+from components.store import join, read_table, remove, write_json, write_table
 
 PROGRESS_S = 2.0
 FILES = {"file": "table", "rejects": "rejected"}  # column of PARTS_SCHEMA -> the folder of its files

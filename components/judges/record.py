@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from components.artifacts import join, read_bytes, read_json, write_json
 from components.judges.classes import Classes, read_classes
 from components.judges.judge import Judge, JudgeInput
 from components.plugins import load_class, source_digest
+from components.store import join, read_bytes, read_json, write_json
 from components.task_config import JUDGE_KINDS, Answer, JudgeOptions, JudgeStageConfig
 
 FILE = "judge.json"

@@ -5,12 +5,13 @@ from typing import Any
 
 from pyarrow import fs
 
-from components.artifacts import Figures, ImageSet, Job, filesystem
+from components.artifacts import Figures, ImageSet, Job
 from components.config import InferenceResources
 from components.judges.judge import Judge
 from components.judges.record import build_judge, save_judge
 from components.judges.trial import save_gallery, try_judge
 from components.plugins import load_class
+from components.store import filesystem
 from components.task_config import TASK_KINDS, Answer, JudgeStageConfig
 from components.tasks.task import Task
 from components.tracking import Tracker

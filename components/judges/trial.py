@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.artifacts import Figures, ImageSet, read_batches
+from components.artifacts import Figures, ImageSet
 from components.images import stack, to_float
 from components.judges.judge import Judge, ask
+from components.store import read_batches
 from components.targets import decode_targets
 from components.task_config import TASK_KINDS, JudgeStageConfig, Target
 from components.tasks.classification import Classification

@@ -11,9 +11,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from components.artifacts import CodeBook, ImageSet, filesystem
+from components.artifacts import CodeBook, ImageSet
 from components.config import QualityConfig
 from components.parts import part_names
+from components.store import filesystem
 
 
 @dataclass

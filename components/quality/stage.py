@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import (
-    CodeBook,
-    Figures,
-    ImageSet,
-    Job,
-    TokenCounts,
-    Tokenizer,
+from components.artifacts import CodeBook, Figures, ImageSet, Job, TokenCounts, Tokenizer
+from components.config import InferenceResources, QualityConfig
+from components.mapping import Mapping as TableMapping
+from components.mapping import load_tokenizer, map_table
+from components.quality.measures import frechet, kernel, neighbours, probe_top1, recall
+from components.quality.sample import Codes, Sample, draw, read_codes
+from components.quality.worker import EFFICIENTNET, INCEPTION, Featurizer, Wanted, load_inception
+from components.store import (
     filesystem,
     join,
     read_batches,
@@ -26,12 +27,6 @@ from components.artifacts import (
     write_json,
     write_table,
 )
-from components.config import InferenceResources, QualityConfig
-from components.mapping import Mapping as TableMapping
-from components.mapping import load_tokenizer, map_table
-from components.quality.measures import frechet, kernel, neighbours, probe_top1, recall
-from components.quality.sample import Codes, Sample, draw, read_codes
-from components.quality.worker import EFFICIENTNET, INCEPTION, Featurizer, Wanted, load_inception
 
 if TYPE_CHECKING:
     from model import AlitTokenizer

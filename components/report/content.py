@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from components.artifacts import Analysis, join, read_bytes, read_json
+from components.artifacts import Analysis
 from components.report.examples import data_uri
 from components.report.read import Run, Task, finite
 from components.software import git_commit, versions
+from components.store import join, read_bytes, read_json
 
 NUMBER = re.compile(r"–|[+−-]?[\d.,]*\d%?")
 METRICS = {"l1": "L1", "mse": "squared error", "psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM"}

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from components.artifacts import ImageSet, filesystem, read_batches, read_bytes
+from components.artifacts import ImageSet
 from components.image_files import BadImage, decode
 from components.images import decode_png, to_uint8
 from components.mapping import load_tokenizer
 from components.report.read import Run, is_held_out, read_rows, whole_column
 from components.scores import precision_of, values_of
 from components.scores import whole_column as scores_column
+from components.store import filesystem, read_batches, read_bytes
 
 if TYPE_CHECKING:
     from model import AlitTokenizer

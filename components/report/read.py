@@ -24,16 +24,12 @@ from components.artifacts import (
     TokenArchive,
     TokenCounts,
     Tokenizer,
-    exists,
-    filesystem,
-    join,
-    read_batches,
-    read_json,
 )
 from components.mapping import part_names
 from components.registry import ModelVersion
 from components.rules import column, describe
 from components.scores import budgets_of, larger_is_better, told_split
+from components.store import exists, filesystem, join, read_batches, read_json
 from components.task_config import TaskConfig
 
 

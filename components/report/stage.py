@@ -14,7 +14,6 @@ from components.artifacts import (
     Publication,
     ScoreTable,
     Tokenizer,
-    filled_folder,
 )
 from components.config import ReportConfig, ReportResources
 from components.model_card import choice_of
@@ -24,6 +23,7 @@ from components.report.plots import draw_bars, draw_curve, draw_histogram
 from components.report.read import Run
 from components.report.timing import gantt
 from components.rules import serves_alone
+from components.store import filled_folder
 from components.tracking import Tracker, redact
 
 PAGE = "report.html"

@@ -12,20 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from components.artifacts import (
-    Figures,
-    ImageSet,
-    Job,
-    Judge,
-    Publication,
-    ScoreTable,
-    join,
-    read_json,
-    read_table,
-    remove,
-    write_json,
-    write_table,
-)
+from components.artifacts import Figures, ImageSet, Job, Judge, Publication, ScoreTable
 from components.config import GateConfig, InferenceResources, PromoteConfig
 from components.images import stack, to_float
 from components.mapping import Mapping as TableMapping
@@ -33,6 +20,7 @@ from components.mapping import Totals, map_table
 from components.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelVersion, aliases_of, copy_tokenizer, move_aliases
 from components.score.worker import Measuring, Order
 from components.scores import budgets_of, larger_is_better, score_files, told_split, values_of
+from components.store import join, read_json, read_table, remove, write_json, write_table
 from components.task_config import ScoreStageConfig
 from components.tracking import Tracker
 

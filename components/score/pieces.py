@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from components.artifacts import Job, Judge, finished, join, read_json
+from components.artifacts import Job, Judge, finished
 from components.judges.record import value_digest
 from components.parts import Earlier
 from components.plugins import source_digest
 from components.scores import METRICS
+from components.store import join, read_json
 from components.task_config import TASK_KINDS, ScoreStageConfig
 from model.selection import LARGER_IS_BETTER
 from model.weights import perceptual_weights

@@ -4,18 +4,7 @@ from functools import partial
 
 import pyarrow.parquet as pq
 
-from components.artifacts import (
-    CodeBook,
-    Figures,
-    ImageSet,
-    Job,
-    Judge,
-    Tokenizer,
-    filesystem,
-    join,
-    read_json,
-    write_json,
-)
+from components.artifacts import CodeBook, Figures, ImageSet, Job, Judge, Tokenizer
 from components.config import InferenceResources
 from components.mapping import Mapping, map_parts
 from components.parts import part_names, plan_parts
@@ -23,6 +12,7 @@ from components.score.pieces import Column, direction, earlier_tables, wanted_co
 from components.score.summary import summarise
 from components.score.worker import KEYS, Order, Scorer
 from components.scores import METRICS
+from components.store import filesystem, join, read_json, write_json
 from components.task_config import TASK_KINDS, ScoreStageConfig
 from components.tasks.build import build_task
 

@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
-from components.artifacts import filesystem
 from components.parts import part_names
 from components.scores import values_of
+from components.store import filesystem
 
 
 @dataclass(frozen=True)

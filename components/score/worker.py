@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import local_folder
 from components.images import stack, to_float
 from components.judges.judge import ask
 from components.judges.record import JudgeRecord, open_judge
 from components.mapping import Totals, load_tokenizer
+from components.store import local_folder
 from components.targets import decode_targets
 from components.task_config import ScoredTask, ScoreStageConfig
 from components.tasks.build import build_task

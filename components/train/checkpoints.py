@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 import torch
 from pyarrow import fs
 
-from components.artifacts import filesystem, join, read_json, remove, write_json
+from components.store import filesystem, join, read_json, remove, write_json
 
 STATE, MARK = "state.pt", "checkpoint.json"
 NAME = re.compile(r"step-(\d{8})")

@@ -16,9 +16,10 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from components.artifacts import GridSet, ImageSet, filesystem
+from components.artifacts import GridSet, ImageSet
 from components.images import Share, stack
 from components.parts import part_names
+from components.store import filesystem
 from components.targets import decode_targets
 
 if TYPE_CHECKING:

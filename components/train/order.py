@@ -18,7 +18,7 @@ from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 from ray.train import DataConfig
 
-from components.artifacts import filesystem
+from components.store import filesystem
 from components.train.data import Decode
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ def train_probe(job: Job, *, config: JudgeStageConfig, resources: TrainResources
 
 
 def _finish(job: Job, config: JudgeStageConfig, images: ImageSet) -> Figures:
-    from components.artifacts import local_folder
     from components.judges.probe import Probe, ProbeJudge
+    from components.store import local_folder
 
     with local_folder(job.output) as folder:
         judge = ProbeJudge(Probe.load(folder))

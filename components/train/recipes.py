@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from components.artifacts import Artifact, BaseTokenizer, local_folder
+from components.artifacts import Artifact, BaseTokenizer
 from components.config import (
     BaseStageConfig,
     DistillStageConfig,
@@ -25,6 +25,7 @@ from components.config import (
 from components.images import to_float, to_uint8
 from components.judges.efficientnet import SIZE_PX
 from components.judges.probe import Probe, ProbeConfig, ProbeObjective
+from components.store import local_folder
 from components.task_config import JudgeStageConfig
 from components.train.data import Batch
 from model import AlitTokenizer

@@ -12,8 +12,6 @@ from components.artifacts import (
     ImageSet,
     Job,
     Tokenizer,
-    filled_folder,
-    join,
     silent,
 )
 from components.config import (
@@ -23,6 +21,7 @@ from components.config import (
     StageTraining,
     TrainResources,
 )
+from components.store import filled_folder, join
 
 if TYPE_CHECKING:
     from components.train.checkpoints import Checkpoints

@@ -23,12 +23,13 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from components.artifacts import CodeBook, ImageSet, Job, Manifest, ScoreTable, Tokenizer, write_json
+from components.artifacts import CodeBook, ImageSet, Job, Manifest, ScoreTable, Tokenizer
 from components.config import DataConfig, InferenceResources, IngestResources, IngestStageConfig, PrecisionConfig
 from components.images import encode_png, prepare, stack, to_float
 from components.ingest import ingest
 from components.score import score
 from components.sources.demo import DemoSource
+from components.store import write_json
 from components.task_config import ScoreStageConfig
 from components.tokenize_images import tokenize
 from model import AlitTokenizer

@@ -16,10 +16,11 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from components.artifacts import MANIFEST, Manifest, write_json
+from components.artifacts import MANIFEST, Manifest
 from components.ingest.listing import Changes, Listed, Numbering, merge, read_listing, sort_out
 from components.sources import open_source
 from components.sources.folder import FolderSource
+from components.store import write_json
 from pipelines.config import load_config
 from pipelines.dag import plan
 from pipelines.runner import RunOptions, run

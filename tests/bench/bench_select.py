@@ -17,9 +17,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from components.artifacts import Manifest, ScoreTable, write_json
+from components.artifacts import Manifest, ScoreTable
 from components.config import NoConfig, RuleConfig
 from components.select_counts import select
+from components.store import write_json
 from pipelines.config import load_config
 from pipelines.train import build
 from tests.by_hand import job, photographs, score_lists

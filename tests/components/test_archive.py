@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from components.archive import TokenArchiveDataset
-from components.artifacts import archive_header, write_json
+from components.artifacts import archive_header
+from components.store import write_json
 from model import SIZES, AlitTokenizer
 from tests.components.test_pack import packed
 

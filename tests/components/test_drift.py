@@ -10,11 +10,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from components.artifacts import MANIFEST, Figures, Job, Manifest, TokenCounts, read_json, write_json
+from components.artifacts import MANIFEST, Figures, Job, Manifest, TokenCounts
 from components.config import DriftConfig, NoConfig, RegisteredModel, RuleConfig
 from components.distributions import reference_of
 from components.drift import drift
 from components.select_counts import select
+from components.store import read_json, write_json
 from components.task_config import TaskConfig
 from tests.by_hand import Photographs, finish, image_set, job, of_photographs, photographs
 from tests.registered import register, registry_at, tracker_in

@@ -10,13 +10,14 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
-from components.artifacts import Figures, ImageSet, Job, Publication, ScoreTable, read_json, write_json
+from components.artifacts import Figures, ImageSet, Job, Publication, ScoreTable
 from components.config import GateConfig, InferenceResources, PromoteConfig
 from components.mapping import Mapping, Totals, _FileMapper
 from components.parts import Part, part_names
 from components.registry import ModelVersion, aliases_of
 from components.score import gate as gate_module
 from components.score.gate import decide, promote
+from components.store import read_json, write_json
 from components.task_config import ScoreStageConfig
 from components.tracking import Tracker
 from model import AlitTokenizer

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from components.artifacts import BaseTokenizer, GridSet, ImageSet, Job, Manifest, write_json
+from components.artifacts import BaseTokenizer, GridSet, ImageSet, Job, Manifest
 from components.config import (
     DataConfig,
     DistillStageConfig,
@@ -23,6 +23,7 @@ from components.config import (
 from components.grids import make_grids
 from components.images import Share, to_float
 from components.ingest import ingest
+from components.store import write_json
 from components.train.data import Batch, CachedBatches, Decode, count_train, held_out, read_train
 from components.train.learner import Learner, TrainRun
 from components.train.order import EpochOrder

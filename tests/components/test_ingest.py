@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, Job, read_batches
+from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, Job
 from components.config import DataConfig, IngestConfig, IngestResources, IngestStageConfig
 from components.image_files import decode
 from components.images import decode_png, image_id, prepare
@@ -34,6 +34,7 @@ from components.ingest import (
 from components.ingest.decode import make_parts
 from components.sources import ALLOWED, SourceObject, Targets, open_source
 from components.sources.demo import MIN_SIDE, PHOTOGRAPHS
+from components.store import read_batches
 
 ROOT = Path(__file__).parents[2]
 LIMITS = IngestConfig()

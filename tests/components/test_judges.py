@@ -10,12 +10,13 @@ import pytest
 import torch
 from PIL import Image
 
-from components.artifacts import IMAGES_SCHEMA, ImageSet, Job, write_table
+from components.artifacts import IMAGES_SCHEMA, ImageSet, Job
 from components.images import encode_png, image_id, prepare
 from components.judges.judge import Judge, JudgeInput, ask
 from components.judges.record import JudgeRecord, build_judge, open_judge, save_judge
 from components.judges.stage import finish, refuse_near_chance
 from components.judges.trial import try_judge
+from components.store import write_table
 from components.task_config import JudgeOptions, JudgeStageConfig
 
 DATA = os.environ.get("ALIT_TEST_DATA")

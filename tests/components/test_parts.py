@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components import parts
-from components.artifacts import IMAGES_SCHEMA, Draft, ImageSet, Job, Manifest, filesystem, read_manifest
+from components.artifacts import IMAGES_SCHEMA, Draft, ImageSet, Job, Manifest, read_manifest
 from components.config import DataConfig, InferenceResources, IngestResources, IngestStageConfig
 from components.ingest import Work, decode_block, ingest, write_blocks
 from components.ingest.decode import Shrunk, shrink
@@ -24,6 +24,7 @@ from components.ingest.tally import Tally
 from components.mapping import Mapping, map_parts
 from components.parts import Earlier, kept_name, link_files, part_name, part_names, plan_parts, read_part, root_of
 from components.sources import SourceObject, Targets, open_source
+from components.store import filesystem
 from tests.by_hand import Photographs, photographs
 from tests.nightly import photographs as write_photographs
 from tests.s3_server import client_of, point, s3_server

@@ -9,12 +9,13 @@ import pandas as pd
 import pytest
 
 from components import publish as stage
-from components.artifacts import MANIFEST, TokenCounts, join, write_json
+from components.artifacts import MANIFEST, TokenCounts
 from components.config import NoConfig, PublishConfig, RuleConfig
 from components.registry import ModelVersion
 from components.rules import build_rule, serves_alone
 from components.select_counts import select
 from components.serving import AlitModel
+from components.store import join, write_json
 from components.task_config import TaskConfig
 from model import AlitTokenizer
 from model.starter import STARTER

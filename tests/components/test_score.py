@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from skimage import data
 
-from components.artifacts import IMAGES_SCHEMA, Job, Judge, write_json, write_table
+from components.artifacts import IMAGES_SCHEMA, Job, Judge
 from components.images import encode_png, stack, to_float
 from components.judges.judge import ask
 from components.judges.record import JudgeRecord, build_judge, save_judge
@@ -24,6 +24,7 @@ from components.score.gate import ChampionScorer
 from components.score.pieces import earlier_tables, wanted_columns
 from components.score.summary import summarise
 from components.score.worker import Order, Scorer
+from components.store import write_json, write_table
 from components.task_config import JudgeStageConfig, ScoredTask, ScoreStageConfig
 from model import AlitTokenizer
 from model.metrics import l1

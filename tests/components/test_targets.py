@@ -17,12 +17,13 @@ from PIL import ExifTags, Image
 from real_targets import write_manifest
 from test_manifest import write
 
-from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, Job, read_batches
+from components.artifacts import IMAGES_SCHEMA, REJECTED_SCHEMA, Job
 from components.codec import EncodeRequest, encode_folder
 from components.config import DataConfig, IngestConfig, IngestResources, IngestStageConfig
 from components.images import decode_png, encode_png, prepare
 from components.ingest import Work, decode_block, ingest, write_blocks
 from components.sources import open_source
+from components.store import read_batches
 from components.targets import decode_targets, depth_to_metres, mask_ids, prepare_target
 from model.starter import STARTER
 

@@ -26,11 +26,10 @@ from components.artifacts import (
     TokenArchive,
     TokenCounts,
     Tokenizer,
-    write_json,
-    write_table,
 )
 from components.config import ReportConfig, ReportResources
 from components.report import report
+from components.store import write_json, write_table
 from pipelines.config import load_config
 from tests.browser import DESKTOP, PHONE, Browser, chromium
 from tests.integration.conftest import Workspace, alit

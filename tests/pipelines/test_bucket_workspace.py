@@ -13,8 +13,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from components import artifacts, buckets
-from components.artifacts import DRAFTS, MANIFEST, Draft, Manifest, filesystem, join, read_bytes, read_manifest
+from components import buckets, store
+from components.artifacts import DRAFTS, MANIFEST, Draft, ImageSet, Manifest, read_manifest
+from components.store import filesystem, join, read_bytes
 from components.train.checkpoints import Checkpoints
 from pipelines import bucket_lock
 from pipelines.bucket_lock import BucketLock, LockUnreachable
@@ -56,7 +57,7 @@ def manifest(key: str) -> Manifest:
 def draft_of(files: dict[str, bytes], key: str = "k1", workspace: str = SPACE) -> Draft:
     draft = Draft(workspace, "ingest", key)
     for name, data in files.items():
-        artifacts.write_bytes(join(draft.uri, name), data)
+        store.write_bytes(join(draft.uri, name), data)
     return draft
 
 
@@ -67,7 +68,7 @@ def test_a_draft_becomes_an_artifact_and_leaves_nothing(s3):
     draft = draft_of({"table/part-000000.parquet": b"rows", "big": random.Random(0).randbytes(6 << 20)})
     assert read_manifest(draft.final) is None
     assert draft.commit(manifest("k1")) == f"{SPACE}/ingest/k1"
-    found = artifacts.ImageSet.open(f"{SPACE}/ingest/k1")
+    found = ImageSet.open(f"{SPACE}/ingest/k1")
     assert found.key == "k1" and read_bytes(join(found.uri, "table/part-000000.parquet")) == b"rows"
     assert keys(s3) == [f"alit/demo/ingest/k1/{name}" for name in (MANIFEST, "big", "table/part-000000.parquet")]
 
@@ -123,13 +124,13 @@ def test_a_run_that_comes_late_leaves_what_another_has_finished(s3, tmp_path, pl
     old = manifest("k1")
     draft_of({"a": b"old"}, workspace=space).commit(old)
     late, swept = (draft_of({"a": b"late"}, key, space) for key in ("k1", "k2"))
-    artifacts.remove(join(space, DRAFTS))
+    store.remove(join(space, DRAFTS))
     winner = replace(manifest("k1"), seconds=7.0)
     draft_of({"a": b"winner"}, workspace=space).commit(winner, replaces=old)
     for one in (late, draft_of({"a": b"later"}, workspace=space)):
         assert one.commit(manifest("k1"), replaces=old) == late.final
         assert read_manifest(late.final) == winner and read_bytes(join(late.final, "a")) == b"winner"
-        assert not artifacts.exists(one.uri)
+        assert not store.exists(one.uri)
     with pytest.raises(FileNotFoundError, match="the draft is gone"):
         swept.commit(manifest("k2"))
     assert read_manifest(swept.final) is None
@@ -162,26 +163,26 @@ def test_artifacts_through_a_bad_network_are_the_same(s3, server, monkeypatch):
     with proxy.serve() as endpoint:
         point(monkeypatch, endpoint)
         draft = draft_of({f"file-{number}": bytes([number]) * 300_000 for number in range(6)})
-        artifacts.write_table(join(draft.uri, "table"), table)
+        store.write_table(join(draft.uri, "table"), table)
         draft.commit(manifest("k1"))
-        found = artifacts.ImageSet.open(f"{SPACE}/ingest/k1")
-        assert artifacts.read_table(found.table_uri) == table
+        found = ImageSet.open(f"{SPACE}/ingest/k1")
+        assert store.read_table(found.table_uri) == table
         for number in range(6):
             assert read_bytes(join(found.uri, f"file-{number}")) == bytes([number]) * 300_000
     assert sum(proxy.faults.values()) > 10, proxy.faults
 
 
 def test_folders_come_and_go_whole(s3, tmp_path):
-    with artifacts.filled_folder(f"{SPACE}/model") as folder:
+    with store.filled_folder(f"{SPACE}/model") as folder:
         Path(folder, "weights").write_bytes(b"w")
         Path(folder, "more").mkdir()
         Path(folder, "more/x").write_bytes(b"x")
-    with artifacts.local_folder(f"{SPACE}/model") as folder:
+    with store.local_folder(f"{SPACE}/model") as folder:
         assert Path(folder, "more/x").read_bytes() == b"x" and Path(folder, "weights").read_bytes() == b"w"
-    with pytest.raises(RuntimeError), artifacts.filled_folder(f"{SPACE}/other") as folder:
+    with pytest.raises(RuntimeError), store.filled_folder(f"{SPACE}/other") as folder:
         Path(folder, "half").write_bytes(b"")
         raise RuntimeError
-    assert not artifacts.exists(f"{SPACE}/other")
+    assert not store.exists(f"{SPACE}/other")
 
 
 def test_checkpoints(s3):

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from components.artifacts import Draft, Manifest, read_manifest, remove
+from components.artifacts import Draft, Manifest, read_manifest
 from components.config import ClusterSize
+from components.store import remove
 from pipelines.cluster import DemandError, check_demand, fits, grown, largest_node
 from pipelines.config import load_config
 from pipelines.dag import Demand, Pipeline, Stage, plan

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from components import buckets
-from components.artifacts import DRAFTS, Draft, Manifest, exists, join, read_manifest, write_json
+from components.artifacts import DRAFTS, Draft, Manifest, read_manifest
+from components.store import exists, join, write_json
 from components.tracking import Store, open_child, open_parent_run
 from pipelines.cli import main
 from pipelines.config import load_config

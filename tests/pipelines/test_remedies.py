@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from components.artifacts import read_bytes
 from components.config import MlflowSettings
+from components.store import read_bytes
 from components.tracking import TrackingError, open_parent_run, store_for
 from pipelines.cli import main
 from pipelines.failures import diagnose

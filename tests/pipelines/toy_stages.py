@@ -10,8 +10,9 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from components.artifacts import Artifact, Figures, Job, WorkspaceError, join, read_bytes, write_bytes
+from components.artifacts import Artifact, Figures, Job, WorkspaceError
 from components.config import RaySettings
+from components.store import join, read_bytes, write_bytes
 from pipelines.dag import Demand, Pipeline, Stage
 from pipelines.runner import RunOptions, run
 

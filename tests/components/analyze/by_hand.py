@@ -7,9 +7,10 @@ import pyarrow as pa
 
 from components.analyze.inputs import Inputs
 from components.analyze.settings import AnalyzeConfig, Criterion
-from components.artifacts import LengthModel, ScoreTable, TokenCounts, write_table
+from components.artifacts import LengthModel, ScoreTable, TokenCounts
 from components.config import NoConfig, RuleConfig
 from components.select_counts import select
+from components.store import write_table
 from components.task_config import TaskConfig
 from model import AlitTokenizer
 from model.predicted import LengthHead

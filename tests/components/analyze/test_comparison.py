@@ -10,9 +10,10 @@ import pytest
 from components.analyze.comparison import compare
 from components.analyze.sections import NUMBERS_SCHEMA
 from components.analyze.settings import CompareStageConfig, Variant
-from components.artifacts import Analysis, Artifact, TokenCounts, Tokenizer, write_table
+from components.artifacts import Analysis, Artifact, TokenCounts, Tokenizer
 from components.config import NoConfig, RuleConfig
 from components.select_counts import select
+from components.store import write_table
 from components.task_config import TaskConfig
 from tests.by_hand import finish, job, score_table
 
