@@ -42,8 +42,10 @@ class Patches(BaseTokenizer):
         return self.decoder.weight
 
     def encode(self, images: Tensor, noise: Tensor | None = None) -> Grid:
-        code = self.encoder(images)
-        return Grid(code, code.flatten(2).transpose(1, 2))
+        return self.grid(self.encoder(images))
+
+    def grid(self, features_BEhw: Tensor) -> Grid:
+        return Grid(features_BEhw, features_BEhw.flatten(2).transpose(1, 2))
 
     def autoencode(self, images: Tensor, generator: torch.Generator | None) -> Autoencoded:
         grid = self.encode(images)
