@@ -50,9 +50,18 @@ class Block(nn.Module):
         return x_BTW + self.contract(F.gelu(self.expand(self.norm_2(x_BTW))))
 
 
-def stack(width: int, num_layers: int, num_heads: int) -> nn.Sequential:
-    """``num_layers`` blocks in a row."""
-    return nn.Sequential(*(Block(width, num_heads) for _ in range(num_layers)))
+class Blocks(nn.Sequential):
+    """Blocks in a row."""
+
+    def __init__(self, width: int, num_layers: int, num_heads: int) -> None:
+        super().__init__(*(Block(width, num_heads) for _ in range(num_layers)))
+
+    def forward(self, x_BTW: Tensor, wanted: slice = ALL) -> Tensor:
+        """[B, T, W] -> [B, T, W], or the ``wanted`` tokens: the last block does no more than those need."""
+        *blocks, last = self
+        for block in blocks:
+            x_BTW = block(x_BTW)
+        return last(x_BTW, wanted)
 
 
 def initialise(module: nn.Module) -> None:

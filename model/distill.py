@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.blocks import stack, table
+from model.blocks import ALL, Blocks, table
 from model.config import AlitConfig
 
 
@@ -28,7 +28,7 @@ class LatentEncoder(nn.Module):
         self.rollout_embedding = table(len(config.budgets), most_added, width, width=width)
         self.norm_in = nn.LayerNorm(width)
         self.norm_rollout = nn.LayerNorm(width)
-        self.blocks = stack(width, config.encoder_layers, config.encoder_heads)
+        self.blocks = Blocks(width, config.encoder_layers, config.encoder_heads)
         self.norm_out = nn.LayerNorm(width)
         self.project = nn.Linear(width, config.latent_dim) if config.latent_dim else nn.Identity()
 
@@ -51,9 +51,9 @@ class LatentEncoder(nn.Module):
         grid = torch.where(halted_BG.unsqueeze(-1), blank.to(x_BTW.dtype), x_BTW[:, 1 : 1 + num_grid])
         return torch.cat([x_BTW[:, :1], grid, x_BTW[:, 1 + num_grid :]], dim=1)
 
-    def forward(self, x_BTW: Tensor) -> Tensor:
-        """One pass of the recurrent encoder over the whole sequence."""
-        return self.blocks(x_BTW)
+    def forward(self, x_BTW: Tensor, wanted: slice = ALL) -> Tensor:
+        """One pass of the recurrent encoder over the whole sequence; the ``wanted`` tokens of it."""
+        return self.blocks(x_BTW, wanted)
 
     def to_latents(self, hidden_BLW: Tensor) -> Tensor:
         """Hidden latents to what is quantized: [B, L, W] -> [B, L, D]."""
@@ -73,7 +73,7 @@ class GridDecoder(nn.Module):
         self.latent_positions = table(config.budgets[-1], width, width=width)
         self.embed = nn.Linear(config.latent_dim, width) if config.latent_dim else nn.Identity()
         self.norm_in = nn.LayerNorm(width)
-        self.blocks = stack(width, config.decoder_layers, config.decoder_heads)
+        self.blocks = Blocks(width, config.decoder_layers, config.decoder_heads)
         self.norm_out = nn.LayerNorm(width)
         self.head = nn.Sequential(nn.Linear(width, 2 * width), nn.Tanh(), nn.Linear(2 * width, output_dim))
 
@@ -84,7 +84,4 @@ class GridDecoder(nn.Module):
         queries_SW = torch.cat([self.class_token, self.mask_token[0].expand(num_grid, -1)]) + self.positions
         latents_BLW = self.embed(latents_BLD) + self.latent_positions[:length]
         x = self.norm_in(torch.cat([queries_SW.expand(batch, -1, -1), latents_BLW], dim=1))
-        *blocks, last = self.blocks
-        for block in blocks:
-            x = block(x)
-        return self.head(self.norm_out(last(x, slice(1, 1 + num_grid))))
+        return self.head(self.norm_out(self.blocks(x, slice(1, 1 + num_grid))))

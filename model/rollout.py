@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from model.blocks import ALL
 from model.halting import draw_uniform
 from model.quantizer import Quantized
 
@@ -122,10 +123,11 @@ class Rollout(Iterator[RolloutStep]):
             self._x = encoder.masked(self._x, self._halted(self._previous, rollout - 1))
         added = encoder.new_latents(rollout, config.steps[rollout], len(self._x))
         x = torch.cat([self._x, added.to(self._x.dtype)], dim=1)
-        self._x = encoder(encoder.norm_in(x) if rollout == 0 else encoder.norm_rollout(x))
         self.num_done += 1
-        num_image_tokens = self._x.shape[1] - config.budgets[rollout]
-        self._previous = RolloutStep(self._tokenizer, self._x[:, num_image_tokens:], self._target)
+        latents = slice(-config.budgets[rollout], None)
+        wanted = latents if self.num_done == len(config.budgets) else ALL  # nothing follows the last rollout
+        self._x = encoder(encoder.norm_in(x) if rollout == 0 else encoder.norm_rollout(x), wanted)
+        self._previous = RolloutStep(self._tokenizer, self._x[:, latents], self._target)
         return self._previous
 
     def _halted(self, step: RolloutStep, rollout: int) -> Tensor:
