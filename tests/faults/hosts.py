@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,17 +17,11 @@ from typing import Any
 import psutil
 from moto.server import ThreadedMotoServer
 
-from tests.faults.nodes import RAY, Run, nodes_in
+from tests.faults.nodes import HEALTH, QUIET, RAY, Run, wait_for_nodes
 from tests.integration.conftest import ALIT, ROOT, Result, environment
 from tests.s3_server import KEYS, reset
 
 PORT, MLFLOW_PORT = 6379, 5599
-HEALTH = {  # a dead host is noticed in about 5 s instead of 30
-    "RAY_health_check_initial_delay_ms": "2000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
 # In a mount namespace of its own; a checkout that lies in /tmp stays where it is.
 PRIVATE = (
     f'mount --bind "{ROOT}" /mnt && mount -t tmpfs tmpfs /tmp && mkdir -p "$HOME" "{ROOT}" && '
@@ -93,7 +86,7 @@ class Hosts:
         place = [f"--address={self.network.address(0)}:{PORT}"]
         if number == 0:
             place = ["--head", f"--port={PORT}", "--include-dashboard=false"]
-        options = ["--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+        options = ["--block", "--num-cpus=1", "--object-store-memory=100000000", *QUIET]
         command = [RAY, "start", *place, f"--node-ip-address={self.network.address(number)}", *options]
         # A user namespace isn't needed, we are root; a mount namespace hides what other hosts write.
         inside = ["unshare", "--mount", "--propagation", "private", "sh", "-c", PRIVATE, "sh", *command]
@@ -130,21 +123,11 @@ class Hosts:
 
     def wait_for_nodes(self, number: int) -> None:
         """Until so many are alive."""
-        deadline = time.monotonic() + 300
-        while True:
-            status = subprocess.run(
-                self.network.inside(0, [RAY, "status", f"--address={self.network.address(0)}:{PORT}"]),
-                env=self.variables,
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if nodes_in(status.stdout) >= number:
-                return
-            if time.monotonic() > deadline:
-                logs = "".join(log.read_text() for log in sorted(self.folder.glob("host*.log")))
-                raise AssertionError(status.stdout + status.stderr + logs)
-            time.sleep(1)
+        try:
+            wait_for_nodes(number, f"{self.network.address(0)}:{PORT}", self.variables, *self.network.inside(0, []))
+        except AssertionError as error:
+            logs = "".join(log.read_text() for log in sorted(self.folder.glob("host*.log")))
+            raise AssertionError(logs) from error
 
     def working(self, number: int, name: str) -> bool:
         """Whether a Ray process of a host calls itself ``name``."""

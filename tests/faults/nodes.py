@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,24 @@ from tests.integration.test_job_submit import free_port
 
 RAY = str(Path(sys.executable).with_name("ray"))
 WAIT_S = 400.0
+HEALTH = {  # a dead node is noticed in about 5 s instead of 30
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+}
+# Ends when so many nodes are alive. `ray status` hears of them from the autoscaler, which looks every 5 s only.
+ALIVE = """
+import sys, time
+from ray._raylet import GcsClient
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+
+client = GcsClient(address=sys.argv[1])
+while sum(node.state == GcsNodeInfo.ALIVE for node in client.get_all_node_info().values()) < int(sys.argv[2]):
+    time.sleep(0.2)
+"""
+# Lines that a node's processes write needn't reach a driver: runs read their own logs.
+QUIET = ("--include-log-monitor=false", "--disable-usage-stats")
 
 
 @dataclass
@@ -76,7 +94,7 @@ class Cluster:
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def add(self, *options: str) -> subprocess.Popen[bytes]:
-        arguments = [*options, "--block", "--num-cpus=1", "--object-store-memory=100000000", "--disable-usage-stats"]
+        arguments = [*options, "--block", "--num-cpus=1", "--object-store-memory=100000000", *QUIET]
         node = subprocess.Popen(
             [RAY, "start", *arguments], env=self.variables, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -98,7 +116,8 @@ class Cluster:
 def cluster(workers: int) -> Iterator[Cluster]:
     """A head with one CPU and ``workers`` nodes with one each."""
     home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets below it have at most 107 characters
-    variables = environment() | {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
+    variables = environment() | HEALTH
+    variables |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
     variables["PYTHONPATH"] = str(ROOT)
     subprocess.run([RAY, "get-auth-token", "--generate"], env=variables, check=True, capture_output=True)
@@ -106,10 +125,10 @@ def cluster(workers: int) -> Iterator[Cluster]:
     made = Cluster(home, f"127.0.0.1:{port}", variables)
     try:
         made.add("--head", f"--port={port}", f"--temp-dir={home}/r", "--include-dashboard=false")
-        _wait_for_nodes(made, 1)
+        wait_for_nodes(1, made.address, variables)
         for number in range(workers):  # one by one: of two that start at once on one machine one may not join
             made.add(f"--address={made.address}")
-            _wait_for_nodes(made, number + 2)
+            wait_for_nodes(number + 2, made.address, variables)
         yield made
     finally:
         for node in reversed(made.nodes):
@@ -119,17 +138,13 @@ def cluster(workers: int) -> Iterator[Cluster]:
         shutil.rmtree(home, ignore_errors=True)
 
 
-def nodes_in(status: str) -> int:
-    """How many are alive in what `ray status` says."""
-    return len(re.findall(r"^ 1 node_", status, re.MULTILINE))
-
-
-def _wait_for_nodes(made: Cluster, number: int) -> None:
-    deadline = time.monotonic() + 180
-    command = [RAY, "status", f"--address={made.address}"]
-    while True:
-        status = subprocess.run(command, env=made.variables, capture_output=True, text=True, check=False)
-        if nodes_in(status.stdout) >= number:
-            return
-        assert time.monotonic() < deadline, status.stdout + status.stderr
-        time.sleep(1)
+def wait_for_nodes(number: int, address: str, variables: dict[str, str], *before: str) -> None:
+    """Until so many are alive in the cluster at ``address``; ``before``: a command that runs what follows it."""
+    command = [*before, sys.executable, "-c", ALIVE, address, str(number)]
+    deadline = time.monotonic() + 300
+    while (left := deadline - time.monotonic()) > 0:  # it fails where no head answers yet
+        with suppress(subprocess.TimeoutExpired):
+            asked = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=left, check=False)
+            if asked.returncode == 0:
+                return
+    raise AssertionError(f"no {number} nodes at {address}")
