@@ -8,10 +8,20 @@ import pytest
 # What tests with several ranks start is forked from one process that has imported this already.
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "components.train.learner", "model"])
 
-# Files whose tests look at the same run: one process makes it for all of them. Other files stay whole too.
-FINISHED = ("test_invariance", "test_main_path", "test_mlflow", "test_report", "test_rerun")
-TOGETHER = {f"tests/integration/{name}.py": "finished" for name in FINISHED} | {
-    f"tests/faults/{name}.py": "unbroken" for name in ("test_driver", "test_training")
+# Files whose tests look at the same run or use the same Ray: one process makes it for all of them. Other files stay
+# whole too.
+GROUPS = {
+    "faults": {"unbroken": ("test_driver", "test_training")},
+    "integration": {
+        "finished": ("test_invariance", "test_main_path", "test_mlflow", "test_report", "test_rerun", "test_tasks"),
+        "own_ray": ("test_analyze", "test_incremental", "test_length", "test_quality"),
+    },
+}
+TOGETHER = {
+    f"tests/{folder}/{name}.py": group
+    for folder, groups in GROUPS.items()
+    for group, names in groups.items()
+    for name in names
 }
 
 

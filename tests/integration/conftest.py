@@ -68,9 +68,9 @@ class Workspace:
         return min(found, key=lambda manifest: manifest.stat().st_mtime_ns).parent
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def own_ray() -> Iterator[None]:
-    """A small Ray in this process, for stages that are called by themselves."""
+    """A small Ray in this process, for stages that are called by themselves; commands start others."""
     import ray
 
     ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)

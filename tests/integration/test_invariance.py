@@ -1,6 +1,5 @@
 """tokenize, score and select give the same rows whatever the batch size and the number of actors."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -34,15 +33,6 @@ WAYS = {
 TASK = TaskConfig(name="reconstruction", rule=RuleConfig(kind="threshold", metric="l1", max=0.08))
 
 
-@pytest.fixture(scope="module")
-def _ray() -> Iterator[None]:
-    import ray
-
-    ray.init("local", num_cpus=2, object_store_memory=200 * 2**20, include_dashboard=False, log_to_driver=False)
-    yield
-    ray.shutdown()
-
-
 def job(output: Path) -> Job:
     output.mkdir(parents=True)
     return Job(stage="test", key="0", workspace="", output=str(output), scratch="")
@@ -52,7 +42,7 @@ def rows(folder: Path) -> list[dict]:
     return pq.read_table(folder / "table").to_pylist()
 
 
-@pytest.mark.usefixtures("_ray")
+@pytest.mark.usefixtures("own_ray")
 def test_results_do_not_depend_on_resources(finished: Workspace, tmp_path: Path) -> None:
     tokenizer = Tokenizer.open(str(finished.artifact("distill")))
     config = IngestStageConfig(data=DataConfig(source="demo", image_size=64, crops=40))

@@ -154,7 +154,7 @@ def test_another_champion(finished: Workspace, similar: Night) -> None:
     assert re.search(r"^tokenize +\w+ +run +.*input tokenizer changed", planned.out, re.MULTILINE)
     assert re.search(r"^ingest +\w+ +stands", planned.out, re.MULTILINE)
 
-    better = alit("run", *finished.arguments, *settings(GATE, "tasks.0.rule.max=0.085"))
+    better = alit("run", *finished.arguments, *settings(GATE, "tasks.0.rule.max=0.085"), "--until", "promote")
     assert better.code == 0 and "better by" in better.out, better.out + better.err
     assert aliases(finished) == {"champion": 4, "previous": version, "challenger": 2}
     made = client_of(finished).get_model_version("alit-demo", "4")
