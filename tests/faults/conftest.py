@@ -1,5 +1,6 @@
 """The run that nothing happens to; what others end with is compared with it."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -30,3 +31,11 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = start(run_of(path / "w", *STREAMED), path / "log")
     assert run.finish() == 0, run.said
     return path / "w"
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, unbroken: Path) -> Path:
+    """A workspace where distill is all that is left to do, with the unbroken run's images and base."""
+    for stage in ("ingest", "base"):
+        shutil.copytree(unbroken / stage, tmp_path / "w" / stage)
+    return tmp_path / "w"

@@ -113,10 +113,10 @@ class Cluster:
 
 
 @contextmanager
-def cluster(workers: int) -> Iterator[Cluster]:
+def cluster(workers: int, **variables_of_nodes: str) -> Iterator[Cluster]:
     """A head with one CPU and ``workers`` nodes with one each."""
     home = Path(tempfile.mkdtemp(prefix="ray"))  # short: sockets below it have at most 107 characters
-    variables = environment() | HEALTH
+    variables = environment() | HEALTH | variables_of_nodes
     variables |= {"HOME": str(home), "RAY_AUTH_MODE": "token", "RAY_USAGE_STATS_ENABLED": "0"}
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
     variables["PYTHONPATH"] = str(ROOT)

@@ -37,14 +37,16 @@ def resumed_at(said: str, workers: int) -> list[int]:
     return [int(step) for step in re.findall(rf"going on from step (\d+) with {workers} workers", said)]
 
 
-def test_killed_workers_and_a_damaged_checkpoint_change_no_weight(tmp_path: Path, unbroken: Path) -> None:
+def test_killed_workers_and_a_damaged_checkpoint_change_no_weight(
+    tmp_path: Path, prepared: Path, unbroken: Path
+) -> None:
     """A worker is killed twice; before the second time the newest checkpoint is damaged: the one before it serves."""
-    run = start(run_of(tmp_path / "w", *STREAMED), tmp_path / "log")
+    run = start(run_of(prepared, *STREAMED), tmp_path / "log")
     run.wait_for(r"distill +step [6-9]/")
     kill_a_worker(run, "worker killed", since=0)
 
     run.wait_for(r"distill +step 1[2-9]/")
-    newest = sorted((tmp_path / "w" / "scratch" / "distill").glob("*/checkpoints/step-*/checkpoint.json"))[-1].parent
+    newest = sorted((prepared / "scratch" / "distill").glob("*/checkpoints/step-*/checkpoint.json"))[-1].parent
     state = newest / "state.pt"
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 255
@@ -53,7 +55,7 @@ def test_killed_workers_and_a_damaged_checkpoint_change_no_weight(tmp_path: Path
     assert run.finish() == 0, run.said
     assert re.search(r"the checkpoint of step \d+ is damaged", run.said)
     assert len(resumed_at(run.said, workers=2)) == 2
-    assert weights(tmp_path / "w") == weights(unbroken)
+    assert weights(prepared) == weights(unbroken)
 
 
 def kill_a_worker(run: Run, fault: str, *, since: int) -> None:
@@ -69,12 +71,13 @@ def kill_a_worker(run: Run, fault: str, *, since: int) -> None:
     assert reached - EVERY - since <= again
 
 
-def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(tmp_path: Path) -> None:
+def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(tmp_path: Path, prepared: Path) -> None:
     elastic = ("training.workers={min: 1, max: 2}", "training.cpus_per_worker=1", "training.resize_s=2")
-    steps = ("training.distill.further_steps=100", "training.distill.batch_size=8")
-    with cluster(workers=2) as nodes:
-        variables = nodes.variables | {"RAY_ADDRESS": nodes.address, "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15"}
-        run = start(run_of(tmp_path / "w", *LONG, *elastic, *steps), tmp_path / "log", variables)
+    steps = ("training.distill.further_steps=100", "training.eval_every=100")
+    # A node's process waits for the lost worker's replacement; the driver's variables don't reach it.
+    with cluster(workers=2, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5") as nodes:
+        variables = nodes.variables | {"RAY_ADDRESS": nodes.address}
+        run = start(run_of(prepared, *LONG, *elastic, *steps), tmp_path / "log", variables)
         run.wait_for(r"distill +step 1[2-9]/")
         assert sum(len(workers_below(node.pid)) for node in nodes.nodes) == 2
         victim = next(node for node in nodes.nodes[1:] if workers_below(node.pid))
@@ -128,15 +131,15 @@ def server(folder: Path, port: int) -> Iterator[None]:
         process.wait()
 
 
-def test_a_full_disk_and_mlflow_going_away_cost_no_step(tmp_path: Path) -> None:
+def test_a_full_disk_and_mlflow_going_away_cost_no_step(tmp_path: Path, prepared: Path) -> None:
     """While the server is away for 30 s, the checkpoints' disk fills up; both come back while it trains."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root, which containers of CI have")
-    port, scratch = free_port(), tmp_path / "w" / "scratch"
+    port, scratch = free_port(), prepared / "scratch"
     uri, more = f"http://127.0.0.1:{port}", ("training.distill.further_steps=40",)
     with small_disk(scratch):
         with server(tmp_path, port):
-            run = start(run_of(tmp_path / "w", *LONG, *more), tmp_path / "log", {"MLFLOW_TRACKING_URI": uri})
+            run = start(run_of(prepared, *LONG, *more), tmp_path / "log", {"MLFLOW_TRACKING_URI": uri})
             run.wait_for(r"distill +step [6-9]/")
         away = time.monotonic()
         fill(scratch / "ballast")
@@ -147,7 +150,7 @@ def test_a_full_disk_and_mlflow_going_away_cost_no_step(tmp_path: Path) -> None:
             assert run.finish() == 0, run.said
             assert logged_steps(uri) == set(range(1, 41))
     assert not resumed_at(run.said, workers=2)
-    assert weights(tmp_path / "w")
+    assert weights(prepared)
 
 
 def logged_steps(uri: str) -> set[int]:
