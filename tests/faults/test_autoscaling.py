@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.nodes import RAY, start
+from tests.faults.nodes import RAY, start, wait_for_nodes
 from tests.integration.conftest import SMALL, environment, settings
 from tests.integration.test_job_submit import free_port
 
@@ -78,11 +78,12 @@ def test_it_grows_as_far_as_a_run_needs(tmp_path: Path) -> None:
         pytest.skip("a PID namespace needs root, which containers of CI have")
     wanted = (*SMALL, f"workspace={tmp_path}/w", "training.cpus_per_worker=1", "inference.actors={min: 1, max: 3}")
     with growing_cluster(tmp_path) as variables:
-        wait_for(variables)
+        wait_for_nodes(1, variables["RAY_ADDRESS"], variables)
         refused = start(["demo", *settings(*wanted)], tmp_path / "refused", variables)
         assert refused.finish() == 1
         assert "distill wants 2 workers x 1 CPU = 2 CPUs, the cluster has 1" in refused.said
-        grown = start(["demo", *settings(*wanted, "ray.grows_to.cpus=3")], tmp_path / "grown", variables)
+        larger = ["demo", *settings(*wanted, "ray.grows_to.cpus=3"), "--until", "score"]  # the rest needs one CPU
+        grown = start(larger, tmp_path / "grown", variables)
         assert grown.finish() == 0, grown.said
         assert cpus(variables) > 1
 
@@ -92,10 +93,3 @@ def cpus(variables: dict[str, str]) -> float:
     code = "import ray; ray.init(log_to_driver=False); print(ray.cluster_resources()['CPU'])"
     asked = subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
     return float(asked.stdout) if asked.returncode == 0 else 0.0
-
-
-def wait_for(variables: dict[str, str]) -> None:
-    for _ in range(20):
-        if cpus(variables):
-            return
-    raise AssertionError("the head did not start")
