@@ -122,7 +122,8 @@ def test_a_submitted_run(head: Head, tmp_path: Path) -> None:
     shutil.copy(READY / "demo.yaml", config)
     variables = {"MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/record.db", "ALIT_TEST_SECRET": "unspeakable"}
     given = settings(f"workspace={tmp_path}/w", *SMALL, "training.cpus_per_worker=0.25")
-    process = alit_submit(head, *given, "--env", "ALIT_TEST_SECRET", config=str(config), **variables)
+    given += ["--until", "publish", "--env", "ALIT_TEST_SECRET"]
+    process = alit_submit(head, *given, config=str(config), **variables)
     code, said = ended(process)
     assert code == 0, said
     assert "with MLFLOW_TRACKING_URI, ALIT_TEST_SECRET" in said and "unspeakable" not in said and "record.db" in said
