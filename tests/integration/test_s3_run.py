@@ -92,7 +92,8 @@ def test_source_and_workspace_in_buckets(tmp_path: Path, monkeypatch: pytest.Mon
         more = alit("run", *arguments, "--until", "ingest")
         assert "images 60  rejected 1  added 1  changed 0  removed 1" in more.out, more.out + more.err
 
-        gone_on = alit("run", *arguments, *settings(f"training.from=s3://work/{model}"), "--until", "distill")
+        further = settings(f"training.from=s3://work/{model}", "training.workers=1")
+        gone_on = alit("run", *arguments, *further, "--until", "distill")
         assert gone_on.code == 0, gone_on.out + gone_on.err
     assert not [folder for folder in tmp_path.iterdir() if folder.name.startswith(("s3", "work"))]
 
