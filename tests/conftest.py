@@ -1,12 +1,16 @@
 """How the tests are shared out among processes (`make test`)."""
 
 import multiprocessing
+import os
 from typing import Any
 
 import pytest
 
 # What tests with several ranks start is forked from one process that has imported this already.
 multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "components.train.learner", "model"])
+
+# Else each of the hundreds of processes that tests start would compile our modules for itself.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Files whose tests look at the same run or use the same Ray: one process makes it for all of them. Other files stay
 # whole too.
