@@ -27,8 +27,12 @@ class EarlyBackward:
 
     @staticmethod
     def leaf(start: Tensor) -> Tensor:
-        """``start`` without what led to it, for a part to begin at."""
-        return start.detach().requires_grad_(start.requires_grad)
+        """``start`` without what led to it, for a part to begin at.
+
+        A view, because what hooks modules' inputs (torch.utils.flop_counter) can't follow a true leaf here.
+        """
+        leaf = start.detach().requires_grad_(start.requires_grad)
+        return leaf.view_as(leaf)
 
     def take(self, start: Tensor, leaf: Tensor, part: Tensor) -> None:
         """Add the scalar ``part``, computed from ``leaf``, and run its backward pass."""
@@ -38,11 +42,11 @@ class EarlyBackward:
             return
         gradients = list(torch.autograd.grad(part, inputs, allow_unused=True))
         if leaf.requires_grad and (gradient := gradients.pop(0)) is not None:
-            self._starts.append((start, gradient))
+            self._starts.append((start, gradient.clone()))
         for number, gradient in enumerate(gradients):
             if gradient is not None:
-                before = self._sums[number]
-                self._sums[number] = gradient if before is None else before + gradient  # which may share memory
+                before = self._sums[number]  # ours alone, while what autograd returns may share memory
+                self._sums[number] = gradient.clone() if before is None else before.add_(gradient)
 
     def total(self) -> Tensor:
         """The sum of the parts, whose backward pass hands on what was found; raises ValueError when there are none."""
@@ -65,4 +69,4 @@ class _Known(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         gradients, context.gradients = context.gradients, None
-        return None, None, *(known * gradient for known in gradients)
+        return None, None, *(known.mul_(gradient) for known in gradients)
