@@ -5,18 +5,17 @@ Worth it where the base takes more of a step than reading takes: a grid is 262 k
 Legend: B batch, E channels of the grid, h w its rows and columns.
 """
 
-from collections.abc import Iterator
 from functools import partial
 
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import BaseTokenizer, Figures, GridSet, ImageSet, Job, finished
+from components.artifacts import BaseTokenizer, Figures, GridSet, ImageSet, Job
 from components.config import InferenceResources, NoConfig
 from components.images import stack, to_float
 from components.mapping import Mapping, Totals, map_parts
-from components.parts import Earlier, plan_parts
-from components.store import join, local_folder, read_json, write_json
+from components.parts import earlier_by, plan_parts
+from components.store import join, local_folder, write_json
 
 MAKER = "base.json"  # the digest of the base that made the grids
 KEYS = ("image_id", "split", "image")  # of the table, as the images have them
@@ -37,17 +36,11 @@ def make_grids(
         resources=resources,
         columns=[list(KEYS)],
     )
-    plan = plan_parts(images.table_uri, [GridSet.column], _earlier(job, digest), keys=KEYS)
+    earlier = earlier_by(job, config, maker=MAKER, digest=digest, column=GridSet.column)
+    plan = plan_parts(images.table_uri, [GridSet.column], earlier, keys=KEYS)
     totals = map_parts(plan, lambda _: mapping, target=target, progress=job.progress)
     write_json(join(job.output, MAKER), digest)
     return {"images": int(totals["rows"]), "encoded": int(totals["made"])}
-
-
-def _earlier(job: Job, digest: str) -> Iterator[Earlier]:
-    """The grids that the same code made before with a base of these weights."""
-    for uri, manifest in () if job.fresh else finished(job.workspace, job.stage):
-        if manifest.code == job.code and read_json(join(uri, MAKER)) == digest:
-            yield Earlier(join(uri, "table"), {GridSet.column: GridSet.column}, same=True)
 
 
 class _Maker:

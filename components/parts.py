@@ -8,7 +8,7 @@ three words are its *root*. Every table that is made of an ImageSet has files of
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -18,9 +18,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
+from pydantic import BaseModel
 
 from components import buckets
-from components.store import filesystem
+from components.artifacts import Job, finished
+from components.store import exists, filesystem, join, read_json
 
 SUFFIX = ".parquet"
 HEX = 16  # digits of a hash in a name
@@ -161,6 +163,18 @@ class Plan:
         for part in self.parts:
             found.setdefault(part.new, []).append(part)
         return sorted(found.items(), key=lambda group: sorted(group[0]))
+
+
+def earlier_by(job: Job, config: BaseModel, *, maker: str, digest: str, column: str) -> Iterator[Earlier]:
+    """Tables with image_id and ``column`` that the same code and config made before, the newest first.
+
+    Of those, the ones whose artifact has ``digest`` in its file ``maker``; none for a forced stage.
+    """
+    same = (job.code, config.model_dump(mode="json"))
+    for uri, manifest in () if job.fresh else finished(job.workspace, job.stage):
+        told = join(uri, maker)
+        if (manifest.code, manifest.config) == same and exists(told) and read_json(told) == digest:
+            yield Earlier(join(uri, "table"), {column: column}, same=True)
 
 
 def plan_parts(

@@ -3,19 +3,18 @@
 Legend: B batch, L latents of a budget, D numbers in a latent.
 """
 
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from components.artifacts import Figures, ImageSet, Job, Tokenizer, finished
+from components.artifacts import Figures, ImageSet, Job, Tokenizer
 from components.config import InferenceResources, PrecisionConfig
 from components.images import stack, to_float
 from components.mapping import Mapping, Totals, load_tokenizer, map_parts
-from components.parts import Earlier, plan_parts
-from components.store import exists, join, read_batches, read_json, write_json
+from components.parts import earlier_by, plan_parts
+from components.store import join, read_batches, read_json, write_json
 
 MAKER = "tokenizer.json"  # the digest of the tokenizer that made the codes
 
@@ -36,21 +35,14 @@ def tokenize(
         resources=resources,
         columns=[["image_id", "image"]],
     )
-    plan = plan_parts(images.table_uri, ["codes"], _earlier(job, config, digest))
+    earlier = earlier_by(job, config, maker=MAKER, digest=digest, column="codes")
+    plan = plan_parts(images.table_uri, ["codes"], earlier)
     totals = map_parts(plan, lambda _: mapping, target=target, progress=job.progress)
     budgets = read_json(join(tokenizer.uri, "config.json"))["config"]["budgets"]
     write_json(join(job.output, "budgets.json"), budgets)
     write_json(join(job.output, MAKER), digest)
     first = next(read_batches(target, columns=["codes"], batch_rows=1))["codes"][0]
     return {"images": int(totals["rows"]), "tokens": int(totals["rows"]) * len(first), "encoded": int(totals["made"])}
-
-
-def _earlier(job: Job, config: PrecisionConfig, digest: str) -> Iterator[Earlier]:
-    """The codes that a tokenizer with these weights made before at this precision, whichever stage it came from."""
-    for uri, manifest in () if job.fresh else finished(job.workspace, job.stage):
-        alike = (manifest.code, manifest.config) == (job.code, config.model_dump(mode="json"))
-        if alike and exists(join(uri, MAKER)) and read_json(join(uri, MAKER)) == digest:
-            yield Earlier(join(uri, "table"), {"codes": "codes"}, same=True)
 
 
 class _Encoder:
