@@ -84,8 +84,8 @@ class TrainConfig(Settings):
     steps: NonNegativeInt
     batch_size: PositiveInt = 256  # images a step over all workers
     seed: int = 0
-    crop_scale: tuple[Fraction, Fraction] | None = (0.8, 1.0)  # random resized crop: share of the area; null: no
-    # crop, and nothing is mirrored
+    # Random resized crop: share of the area, and half of the images mirrored; null: neither.
+    crop_scale: tuple[Fraction, Fraction] | None = (0.8, 1.0)
     recolour: Fraction = 0.0  # share of the images whose colours are shuffled and shifted; for few photographs
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"  # of autocast; fp16 scales the loss
     eval_images: PositiveInt = 256  # held-out images looked at in an evaluation

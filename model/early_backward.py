@@ -37,9 +37,9 @@ class EarlyBackward:
     def take(self, start: Tensor, leaf: Tensor, part: Tensor) -> None:
         """Add the scalar ``part``, computed from ``leaf``, and run its backward pass."""
         self._value = part.detach() if self._value is None else self._value + part.detach()
-        inputs = [tensor for tensor in (leaf, *self._parameters) if tensor.requires_grad]
         if not part.requires_grad:
             return
+        inputs = [leaf, *self._parameters] if leaf.requires_grad else self._parameters
         gradients = list(torch.autograd.grad(part, inputs, allow_unused=True))
         if leaf.requires_grad and (gradient := gradients.pop(0)) is not None:
             self._starts.append((start, gradient.clone()))

@@ -69,10 +69,10 @@ def train(
     images = inputs["images"]
     assert isinstance(images, ImageSet)
     targets = RECIPES[recipe].targets
-    decode = Decode(targets, label_names(images) if "label" in targets else (), isinstance(images, GridSet))
+    grid_bytes = images.grid_bytes if isinstance(images, GridSet) else 0
+    decode = Decode(targets, label_names(images) if "label" in targets else (), grids=grid_bytes > 0)
     counts, batch = count_train(images, decode), config.train.batch_size
-    number = sum(counts.values())
-    image_bytes = 3 * config.image_size**2 + (images.grid_bytes if isinstance(images, GridSet) else 0)
+    number, image_bytes = sum(counts.values()), 3 * config.image_size**2 + grid_bytes
     if number < batch:
         having = f" with a {' and a '.join(targets)}" if targets else ""
         raise ValueError(f"{recipe}: batch_size = {batch}, the train split has only {number} images{having}")
