@@ -1,6 +1,7 @@
 """How a loaded tokenizer computes: memory format and precision, applied once to its layers, nowhere else.
 
-Convolutions have their weights, and so their activations, channels-last, which is quicker. At bf16 linear layers and
+Convolutions have their weights, and so their activations, channels-last, which is quicker, and but for bf16 those of a
+CPU go by tiles (``model/base/convolution.py``). At bf16 linear layers and
 convolutions hold bfloat16 weights and multiply in bfloat16 (sums are float32 inside); what is added up, normalised,
 looked up or compared stays float32, and so do the three layers whose output is read off: latents before quantization,
 the decoder's predictions, and pixels. At int8 linear layers, but for those, multiply whole numbers (``Int8Linear``) and
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+from model.base.convolution import Conv3x3
 
 if TYPE_CHECKING:
     from model.tokenizer import AlitTokenizer
@@ -68,6 +71,8 @@ def prepare_for_inference(tokenizer: "AlitTokenizer", precision: Precision, devi
     for layer in list(tokenizer.modules()):
         if isinstance(layer, nn.Conv2d):
             layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+        if isinstance(layer, Conv3x3):
+            layer.convolve_by_tiles(precision != "bf16" and torch.device(device).type == "cpu")
         if precision == "bf16" and isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm):
             layer.register_forward_pre_hook(_in_its_own_type)
             if id(layer.weight) not in exact:

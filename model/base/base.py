@@ -80,36 +80,3 @@ class BaseTokenizer(nn.Module, ABC):
 def swish(x: Tensor) -> Tensor:
     """x * sigmoid(x)."""
     return F.silu(x)
-
-
-class UpsampleConv(nn.Conv2d):
-    """Twice the side by nearest neighbour, then a 3x3 convolution, in 4/9 of the products.
-
-    Of the three pixels under a kernel's row or column two are copies of one, so that an output pixel needs 2x2 of the
-    input's, with weights added up in one of four ways: for even and odd rows, and columns.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C, h, w] -> [B, C, 2h, 2w]."""
-        height, width = x.shape[2:]
-        padded = F.pad(x, (1, 1, 1, 1))
-        parts = [
-            (row, column, F.conv2d(padded[..., row : height + row + 1, column : width + column + 1], kernel, self.bias))
-            for row, rows in enumerate(_shared(self.weight, 2))
-            for column, kernel in enumerate(_shared(rows, 3))
-        ]
-        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        size = (len(x), self.out_channels, 2 * height, 2 * width)
-        output = torch.empty(size, dtype=parts[0][2].dtype, device=x.device, memory_format=layout)
-        for row, column, part in parts:
-            output[:, :, row::2, column::2] = part
-        return output
-
-
-def _shared(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Three weights along ``dim`` as two: for outputs at even places, and at odd ones."""
-    first, middle, last = kernel.unbind(dim)
-    return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.base.base import Autoencoded, BaseTokenizer, Grid, UpsampleConv, swish
+from model.base.base import Autoencoded, BaseTokenizer, Grid, swish
+from model.base.convolution import Conv3x3, UpsampleConv
 from model.config import VAEConfig
 from model.halting import halt_by_error
 
@@ -18,9 +19,9 @@ class ResBlock(nn.Module):
     def __init__(self, channels_in: int, channels_out: int, num_groups: int) -> None:
         super().__init__()
         self.norm_1 = nn.GroupNorm(num_groups, channels_in, eps=1e-6)
-        self.conv_1 = nn.Conv2d(channels_in, channels_out, 3, padding=1)
+        self.conv_1 = Conv3x3(channels_in, channels_out)
         self.norm_2 = nn.GroupNorm(num_groups, channels_out, eps=1e-6)
-        self.conv_2 = nn.Conv2d(channels_out, channels_out, 3, padding=1)
+        self.conv_2 = Conv3x3(channels_out, channels_out)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,7 +63,7 @@ class Encoder(nn.Module):
     def __init__(self, config: VAEConfig) -> None:
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
-        self.conv_in = nn.Conv2d(3, config.channels, 3, padding=1)
+        self.conv_in = Conv3x3(3, config.channels)
         self.levels = nn.ModuleList()
         self.downsample = nn.ModuleList()
         previous = config.channels
@@ -78,7 +79,7 @@ class Encoder(nn.Module):
                 self.downsample.append(nn.Conv2d(width, width, 3, stride=2))
         self.middle = _middle(previous, config.num_groups)
         self.norm_out = nn.GroupNorm(config.num_groups, previous, eps=1e-6)
-        self.conv_out = nn.Conv2d(previous, 2 * config.embed_dim, 3, padding=1)
+        self.conv_out = Conv3x3(previous, 2 * config.embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode."""
@@ -97,7 +98,7 @@ class Decoder(nn.Module):
         super().__init__()
         widths = [config.channels * m for m in config.channel_multipliers]
         previous = widths[-1]
-        self.conv_in = nn.Conv2d(config.embed_dim, previous, 3, padding=1)
+        self.conv_in = Conv3x3(config.embed_dim, previous)
         self.middle = _middle(previous, config.num_groups)
         self.levels = nn.ModuleList()  # coarsest first
         self.upsample = nn.ModuleList()
@@ -110,7 +111,7 @@ class Decoder(nn.Module):
             if len(self.levels) < len(widths):
                 self.upsample.append(UpsampleConv(width))
         self.norm_out = nn.GroupNorm(config.num_groups, previous, eps=1e-6)
-        self.conv_out = nn.Conv2d(previous, 3, 3, padding=1)
+        self.conv_out = Conv3x3(previous, 3)
 
     def forward(self, code_BEhw: Tensor) -> Tensor:
         """Decode."""

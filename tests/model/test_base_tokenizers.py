@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from model import AlitTokenizer, Threshold
 from model.base import Autoencoded, BaseTokenizer, Grid, build_base, register_base
-from model.base.base import UpsampleConv
+from model.base.convolution import UpsampleConv
 from model.base.files import load_base, save_base
 from model.config import BASE_CONFIGS, AlitConfig, DistillConfig
 from model.finetune import FinetuneObjective

@@ -1,0 +1,93 @@
+"""The 3x3 convolutions of a base tokenizer.
+
+Legend: B batch, C channels in, O channels out, h w the input's rows and columns, P places (``model/base/winograd.py``).
+"""
+
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.base.winograd import PLAIN, UPSAMPLED
+
+LEAST_CHANNELS = 128  # with fewer the sums take longer than the products that they save
+LEAST_TILES = 64  # with fewer the kernels' sums, four times the weights, are read for too little
+
+
+class Conv3x3(nn.Conv2d):
+    """A convolution that keeps an image's size, :attr:`by_tiles` in a quarter of the products.
+
+    That is for float32 on CPUs, without gradients; accelerators have such ways of their own.
+    """
+
+    filter = PLAIN
+    kernels_PCO: Tensor | None
+
+    def __init__(self, channels_in: int, channels_out: int, *, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, 3, padding=1, bias=bias)
+        self.by_tiles = False
+        self.register_buffer("kernels_PCO", None, persistent=False)
+
+    def convolve_by_tiles(self, by_tiles: bool) -> None:
+        """Whether to. The kernels' sums are made when the first image comes: weights are not to be edited after."""
+        self.by_tiles = by_tiles and min(self.in_channels, self.out_channels) >= LEAST_CHANNELS
+        self.kernels_PCO = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As any module; one that is trained convolves as written from then on."""
+        if mode:
+            self.convolve_by_tiles(False)
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        self.kernels_PCO = None
+        super()._load_from_state_dict(*arguments, **options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, O, h, w]."""
+        fits = x.device.type == "cpu" and x.dtype == torch.float32 and self.filter.tiles(*x.shape[2:]) >= LEAST_TILES
+        if not self.by_tiles or not fits or torch.is_grad_enabled():
+            return self.as_written(x)
+        if self.kernels_PCO is None:
+            self.kernels_PCO = self.filter.kernels(self.weight)
+        return self.filter.convolved(x, self.kernels_PCO, self.bias)
+
+    def as_written(self, x: Tensor) -> Tensor:
+        """The convolution, output by output."""
+        return super().forward(x)
+
+
+class UpsampleConv(Conv3x3):
+    """Twice the side by nearest neighbour, then a 3x3 convolution, in 4/9 of the products.
+
+    Of the three pixels under a kernel's row or column two are copies of one, so that an output pixel needs 2x2 of the
+    input's, with weights added up in one of four ways: for even and odd rows, and columns.
+    """
+
+    filter = UPSAMPLED
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels)
+
+    def as_written(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, C, 2h, 2w]."""
+        height, width = x.shape[2:]
+        padded = F.pad(x, (1, 1, 1, 1))
+        parts = [
+            (row, column, F.conv2d(padded[..., row : height + row + 1, column : width + column + 1], kernel, self.bias))
+            for row, rows in enumerate(_shared(self.weight, 2))
+            for column, kernel in enumerate(_shared(rows, 3))
+        ]
+        layout = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        size = (len(x), self.out_channels, 2 * height, 2 * width)
+        output = torch.empty(size, dtype=parts[0][2].dtype, device=x.device, memory_format=layout)
+        for row, column, part in parts:
+            output[:, :, row::2, column::2] = part
+        return output
+
+
+def _shared(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Three weights along ``dim`` as two: for outputs at even places, and at odd ones."""
+    first, middle, last = kernel.unbind(dim)
+    return torch.stack((first, middle + last), dim), torch.stack((first + middle, last), dim)

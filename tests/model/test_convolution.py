@@ -1,0 +1,90 @@
+"""The base's 3x3 convolutions by tiles are those as written, for whatever weights and sizes they get."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import seeded
+from torch import Tensor, nn
+
+from model.base.convolution import LEAST_CHANNELS, Conv3x3, UpsampleConv
+
+
+def layer_by_tiles(channels_out: int = LEAST_CHANNELS, *, upsamples: bool = False, bias: bool = True) -> Conv3x3:
+    torch.manual_seed(0)
+    layer = UpsampleConv(LEAST_CHANNELS) if upsamples else Conv3x3(LEAST_CHANNELS, channels_out, bias=bias)
+    layer.eval().convolve_by_tiles(True)
+    return layer
+
+
+def exact(layer: Conv3x3, x: Tensor) -> Tensor:
+    """In float64, as convolutions are defined."""
+    if isinstance(layer, UpsampleConv):
+        x = F.interpolate(x, scale_factor=2)
+    bias = None if layer.bias is None else layer.bias.double()
+    return F.conv2d(x.double(), layer.weight.double(), bias, padding=1)
+
+
+def features(photographs, size: tuple[int, int], number: int = 1) -> Tensor:
+    """Photographs seen through random 1x1 convolutions: [number, LEAST_CHANNELS, height, width], of unit size."""
+    mixed = torch.einsum("bchw,kc->bkhw", photographs(number, size), torch.randn(LEAST_CHANNELS, 3, generator=seeded()))
+    return (mixed - mixed.mean()) / mixed.std()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(32, 32), (64, 20), (36, 132)])
+@pytest.mark.parametrize("kind", [{"upsamples": True}, {}, {"bias": False}, {"channels_out": 160}])
+@torch.no_grad()
+def test_by_tiles_is_the_convolution(photographs, kind, size, layout):
+    layer, x = layer_by_tiles(**kind), features(photographs, size).contiguous(memory_format=layout)
+    found, expected = layer(x), exact(layer, x)
+    assert layer.kernels_PCO is not None
+    assert found.shape == expected.shape and found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - expected).norm() / expected.norm() < 2e-6
+
+
+@torch.no_grad()
+def test_an_image_is_the_same_bits_in_any_company(photographs):
+    layer, x = layer_by_tiles(), features(photographs, (64, 64), 3)
+    together = layer(x)
+    for row in range(3):
+        assert torch.equal(layer(x[row : row + 1])[0], together[row])
+
+
+@pytest.mark.parametrize("size", [(32, 30), (30, 32), (28, 32), (8, 8)])
+@torch.no_grad()
+def test_what_is_not_tiles_or_too_few_goes_as_written(photographs, size):
+    layer, x = layer_by_tiles(), features(photographs, size)
+    assert torch.equal(layer(x), layer.as_written(x)) and layer.kernels_PCO is None
+    narrow = Conv3x3(LEAST_CHANNELS, LEAST_CHANNELS // 2).eval()
+    narrow.convolve_by_tiles(True)
+    assert torch.equal(narrow(x), narrow.as_written(x))
+
+
+def test_gradients_are_those_of_the_convolution(photographs):
+    layer, x = layer_by_tiles(), features(photographs, (32, 32))
+    assert torch.equal(layer(x), layer.as_written(x))
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None and layer.kernels_PCO is None
+
+
+@pytest.mark.parametrize("changed", ["trained", "loaded"])
+def test_changed_weights_are_the_ones_used(photographs, changed):
+    layer, x = nn.Sequential(layer_by_tiles()), features(photographs, (32, 32))
+    with torch.no_grad():
+        before = layer(x)
+        if changed == "trained":
+            layer.train()
+            layer[0].weight.mul_(2)
+            layer.eval()
+        else:
+            layer.load_state_dict({"0.weight": layer[0].weight * 2, "0.bias": layer[0].bias})
+        after = layer(x)
+    torch.testing.assert_close(after, exact(layer[0], x).float(), rtol=0, atol=1e-4)
+    assert not torch.allclose(after, before, atol=0.1)
+
+
+def test_kernels_are_no_part_of_what_is_saved(photographs):
+    layer, x = layer_by_tiles(), features(photographs, (32, 32))
+    with torch.no_grad():
+        layer(x)
+    assert set(layer.state_dict()) == {"weight", "bias"} and layer.kernels_PCO is not None
