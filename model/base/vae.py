@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.base.base import Autoencoded, BaseTokenizer, Grid, swish
 from model.base.convolution import Conv3x3, UpsampleConv
+from model.base.norm import GroupNorm
 from model.config import VAEConfig
 from model.halting import halt_by_error
 
@@ -18,9 +19,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, num_groups: int) -> None:
         super().__init__()
-        self.norm_1 = nn.GroupNorm(num_groups, channels_in, eps=1e-6)
+        self.norm_1 = GroupNorm(num_groups, channels_in, eps=1e-6)
         self.conv_1 = Conv3x3(channels_in, channels_out)
-        self.norm_2 = nn.GroupNorm(num_groups, channels_out, eps=1e-6)
+        self.norm_2 = GroupNorm(num_groups, channels_out, eps=1e-6)
         self.conv_2 = Conv3x3(channels_out, channels_out)
         self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
 
@@ -35,7 +36,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(num_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(num_groups, channels, eps=1e-6)
         self.q = nn.Conv2d(channels, channels, 1)
         self.k = nn.Conv2d(channels, channels, 1)
         self.v = nn.Conv2d(channels, channels, 1)
@@ -78,7 +79,7 @@ class Encoder(nn.Module):
             if number < len(widths):
                 self.downsample.append(nn.Conv2d(width, width, 3, stride=2))
         self.middle = _middle(previous, config.num_groups)
-        self.norm_out = nn.GroupNorm(config.num_groups, previous, eps=1e-6)
+        self.norm_out = GroupNorm(config.num_groups, previous, eps=1e-6)
         self.conv_out = Conv3x3(previous, 2 * config.embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ class Decoder(nn.Module):
             self.levels.append(level)
             if len(self.levels) < len(widths):
                 self.upsample.append(UpsampleConv(width))
-        self.norm_out = nn.GroupNorm(config.num_groups, previous, eps=1e-6)
+        self.norm_out = GroupNorm(config.num_groups, previous, eps=1e-6)
         self.conv_out = Conv3x3(previous, 3)
 
     def forward(self, code_BEhw: Tensor) -> Tensor:

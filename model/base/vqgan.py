@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from model.base.base import Autoencoded, BaseTokenizer, Grid, swish
 from model.base.convolution import Conv3x3, UpsampleConv
+from model.base.norm import GroupNorm
 from model.config import VQGANConfig
 from model.halting import halt_by_probability, true_probability
 
@@ -18,9 +19,9 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels_in: int, channels_out: int, config: VQGANConfig) -> None:
         super().__init__()
-        self.norm_1 = nn.GroupNorm(config.num_groups, channels_in, eps=1e-6)
+        self.norm_1 = GroupNorm(config.num_groups, channels_in, eps=1e-6)
         self.conv_1 = Conv3x3(channels_in, channels_out, bias=False)
-        self.norm_2 = nn.GroupNorm(config.num_groups, channels_out, eps=1e-6)
+        self.norm_2 = GroupNorm(config.num_groups, channels_out, eps=1e-6)
         self.conv_2 = Conv3x3(channels_out, channels_out, bias=False)
         self.skip_input = config.shortcut == "input"
         self.shortcut: nn.Conv2d | None = None
@@ -50,7 +51,7 @@ class Encoder(nn.Module):
             self.levels.append(nn.Sequential(*blocks))
             previous = width
         self.middle = nn.Sequential(ResBlock(previous, previous, config), ResBlock(previous, previous, config))
-        self.norm_out = nn.GroupNorm(config.num_groups, previous, eps=1e-6)
+        self.norm_out = GroupNorm(config.num_groups, previous, eps=1e-6)
         self.conv_out = nn.Conv2d(previous, config.embed_dim, 1)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class Decoder(nn.Module):
             if len(self.levels) < len(widths):
                 self.upsample.append(UpsampleConv(width))
             previous = width
-        self.norm_out = nn.GroupNorm(config.num_groups, previous, eps=1e-6)
+        self.norm_out = GroupNorm(config.num_groups, previous, eps=1e-6)
         self.conv_out = Conv3x3(previous, 3)
 
     def forward(self, code_BEhw: Tensor) -> Tensor:

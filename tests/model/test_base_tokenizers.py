@@ -13,6 +13,7 @@ from model import AlitTokenizer, Threshold
 from model.base import Autoencoded, BaseTokenizer, Grid, build_base, register_base
 from model.base.convolution import UpsampleConv
 from model.base.files import load_base, save_base
+from model.base.norm import GroupNorm
 from model.config import BASE_CONFIGS, AlitConfig, DistillConfig
 from model.finetune import FinetuneObjective
 from model.objectives import DistillObjective
@@ -163,3 +164,11 @@ def test_upsampling_by_fewer_products_is_the_same_with_its_gradients(photographs
     parameters = (layer.weight, layer.bias)
     found, expected = (torch.autograd.grad(out.square().sum(), parameters) for out in (layer(images), plain))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_channels_last_norms_are_as_accurate(photographs):
+    norm, images = GroupNorm(3, 3), 0.05 * photographs(2, (256, 320)) + 2  # far from 0, where sums of squares lose most
+    expected = F.group_norm(images.double(), 3, eps=norm.eps)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.testing.assert_close(norm(images.contiguous(memory_format=layout)).double(), expected, rtol=0, atol=1e-3)

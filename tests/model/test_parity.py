@@ -9,8 +9,11 @@ from conftest import Recorded, parity_folder
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model.base import convolution
+from model.base.convolution import Conv3x3
 from model.config import DistillConfig, HaltingConfig
 from model.finetune import FinetuneObjective
+from model.inference import prepare_for_inference
 from model.objectives import DistillObjective, Turn, train_only
 from model.official import from_official, load_official, official_config, official_name
 from model.recipes import FinetuneConfig
@@ -64,11 +67,18 @@ def differences(fixture: Recorded, tokenizer: AlitTokenizer, noise: dict) -> dic
     return found
 
 
+@pytest.mark.parametrize("prepared", [False, True], ids=["fresh", "prepared"])
 @pytest.mark.parametrize("name", FOLDERS)
 @torch.no_grad()
-def test_every_output_of_every_rollout(recorded, name):
+def test_every_output_of_every_rollout(recorded, name, prepared, monkeypatch):
     fixture = recorded(FOLDERS[name])
-    found = differences(fixture, load(fixture), fixture.noise)
+    tokenizer = load(fixture)
+    if prepared:
+        monkeypatch.setattr(convolution, "LEAST_CHANNELS", 32)
+        prepare_for_inference(tokenizer, "fp32")
+    found = differences(fixture, tokenizer, fixture.noise)
+    kept = [layer.kernels_PCO for layer in tokenizer.modules() if isinstance(layer, Conv3x3)]
+    assert sum(kernels is not None for kernels in kept) >= 20 * prepared
     print(name, {kind: f"{value:.1e}" for kind, value in found.items()})
     assert {"x_latents", "decoded_code"} <= set(found)
     assert ("logits" in found) == (name != "C")
