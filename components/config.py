@@ -140,7 +140,7 @@ class TrainResources(Settings):
     pictures: Annotated[int, Field(ge=0, le=16)] = 4  # held-out images shown in MLflow after each evaluation
     log_every: PositiveInt = 10  # steps
     data_tasks: PositiveInt = 2  # files read and decoded at once, on CPUs that the workers may hold
-    cache_mb: NonNegativeInt = 512  # a train split of at most so many MB of pixels stays in each worker's memory
+    cache_mb: NonNegativeInt = 512  # a train split of at most so many MB, decoded, stays in each worker's memory
     max_failures: NonNegativeInt = 2  # restarts of the worker group from the last checkpoint
     max_skipped: NonNegativeInt = 20  # more steps in a row without a finite gradient, seen at log_every, end it
     stall_s: PositiveFloat = 1800.0  # a worker that keeps the others waiting for so long counts as dead

@@ -15,6 +15,7 @@ from components.images import Prepared, encode_png
 
 Kind = Literal["depth", "mask"]
 
+BYTES_A_PIXEL = {"label": 0, "depth": 4, "mask": 2}  # of decode_targets
 MISSING_ID = -1  # every pixel of the mask of a row that has none
 WANTED: dict[Kind, str] = {
     "depth": "a 16-bit grayscale PNG of millimetres is needed",

@@ -20,7 +20,7 @@ from components.artifacts import GridSet, ImageSet
 from components.images import Share, stack
 from components.parts import part_names
 from components.store import filesystem
-from components.targets import decode_targets
+from components.targets import BYTES_A_PIXEL, decode_targets
 
 if TYPE_CHECKING:
     import ray.data
@@ -64,6 +64,10 @@ class Decode:
     def columns(self) -> list[str]:
         """What is read of the table."""
         return ["image_id", "split", "image", *self.targets, *([GridSet.column] if self.grids else [])]
+
+    def image_bytes(self, size: int, grid_bytes: int) -> int:
+        """Of one image of ``size`` px a side, its targets and its grid of ``grid_bytes``."""
+        return (3 + sum(BYTES_A_PIXEL[name] for name in self.targets)) * size**2 + grid_bytes
 
     def rows(self, table: pa.Table, split: str) -> pa.Table:
         """Those of ``split`` that have every target."""

@@ -72,7 +72,7 @@ def train(
     grid_bytes = images.grid_bytes if isinstance(images, GridSet) else 0
     decode = Decode(targets, label_names(images) if "label" in targets else (), grids=grid_bytes > 0)
     counts, batch = count_train(images, decode), config.train.batch_size
-    number, image_bytes = sum(counts.values()), 3 * config.image_size**2 + grid_bytes
+    number, image_bytes = sum(counts.values()), decode.image_bytes(config.image_size, grid_bytes)
     if number < batch:
         having = f" with a {' and a '.join(targets)}" if targets else ""
         raise ValueError(f"{recipe}: batch_size = {batch}, the train split has only {number} images{having}")

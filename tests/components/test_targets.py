@@ -25,6 +25,7 @@ from components.ingest import Work, decode_block, ingest, write_blocks
 from components.sources import open_source
 from components.store import read_batches
 from components.targets import decode_targets, depth_to_metres, mask_ids, prepare_target
+from components.train.data import Decode
 from model.starter import STARTER
 
 MAX_PIXELS = 1_000_000
@@ -256,6 +257,16 @@ def test_decode_targets_fills_what_is_missing():
         decode_targets(table, ["size"])
     with pytest.raises(ValueError, match=r"columns = 'mask': the table has \['label'\]"):
         decode_targets(table.select(["label"]), ["mask"])
+
+
+@pytest.mark.parametrize("targets", [(), ("label",), ("depth",), ("mask",), ("depth", "mask")])
+def test_what_training_keeps_of_an_image_is_known_beforehand(targets):
+    image, depth, mask = (encode_png(made) for made in positions(12, 12))
+    row = dict.fromkeys(IMAGES_SCHEMA.names, "x") | {"width": 9, "height": 9, "complexity": None}
+    table = pa.Table.from_pylist(3 * [row | {"image": image, "depth": depth, "mask": mask}], IMAGES_SCHEMA)
+    decode = Decode(targets, ("x",))
+    kept = sum(values.nbytes for name, values in decode(table).items() if name not in ("image_id", "label"))
+    assert kept == 3 * decode.image_bytes(12, grid_bytes=0) == 3 * decode.image_bytes(12, grid_bytes=7) - 21
 
 
 # --- real sets -------------------------------------------------------------------------------------------------------
