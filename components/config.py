@@ -133,7 +133,7 @@ class TrainResources(Settings):
     micro_batch: PositiveInt | None = None  # images a worker takes at once, gradients summed; None: its whole share
     strategy: Literal["ddp", "fsdp"] = "ddp"  # fsdp: weights, gradients and optimizer are cut over the workers
     compile: bool = False  # the transformer blocks through torch.compile
-    recompute: Literal["none", "light", "full"] = "none"  # activations, to keep fewer: model/recompute.py
+    recompute: Literal["none", "light", "medium", "full"] = "none"  # activations, to keep fewer: model/recompute.py
     checkpoint_every: PositiveInt = 500  # steps
     keep_checkpoints: PositiveInt = 2  # the newest so many, and the best one
     eval_every: PositiveInt = 500  # steps

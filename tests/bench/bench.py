@@ -47,6 +47,7 @@ CASES = (
     Case("codes of all budgets", 4, (24.5, 27.6), {"fp32": 3, "bf16": 9}),
     Case("training step", 2, (0.7, 43.4), {"fp32": 1.1, "bf16": 2.5}),
     Case("training step", 2, (0.7, 43.4), {"fp32": 1.1, "bf16": 2.5}, "light"),
+    Case("training step", 2, (0.7, 43.4), {"fp32": 1.1, "bf16": 2.5}, "medium"),
     Case("training step, 2 of 8 rollouts", 2, (0.7, 43.4), {"fp32": 1.6, "bf16": 5}),
     Case(GRIDS_KEPT, 2, (0.7, 43.4), {"fp32": 1.6, "bf16": 5}),
 )

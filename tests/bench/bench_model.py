@@ -16,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,7 +32,7 @@ from model.config import DistillConfig
 from model.inference import PRECISIONS, prepare_for_inference
 from model.memory import keep_freed_memory
 from model.objectives import DistillObjective, Turn, train_only
-from model.recompute import recompute_blocks
+from model.recompute import Recompute, recompute_blocks
 from model.selection import FixedTokens, Floats, Selection
 from tests.bench.machine import PRODUCT, ceilings
 
@@ -258,7 +258,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--dtype", default="fp32", choices=PRECISIONS)
-    parser.add_argument("--recompute", default="none", choices=("none", "light", "full"), help="of training")
+    parser.add_argument("--recompute", default="none", choices=get_args(Recompute), help="of training")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--skip", nargs="*", default=[], help="parts of names of cases to leave out")
     parser.add_argument("--output", type=Path, help="write the rows as JSON too")
