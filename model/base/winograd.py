@@ -17,9 +17,17 @@ from torch import Tensor
 SIDE = 4  # of a tile's outputs, px
 AT_ONCE = 2**16  # numbers of a place read and written at a time, so that a processor's cache holds them all
 # Along one side; a row of READ and WEIGHTED and a column of WRITTEN is a place: 0, 1, -1, 2, -2 and infinity.
-READ = torch.tensor([[4.0, 0, -5, 0, 1, 0], [0, -4, -4, 1, 1, 0], [0, 4, -4, -1, 1, 0]])
-READ = torch.cat((READ, torch.tensor([[0.0, -2, -1, 2, 1, 0], [0, 2, -1, -2, 1, 0], [0, 4, 0, -5, 0, 1]])))
-WEIGHTED = torch.tensor([[6.0, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]) / 24
+READ = torch.tensor(
+    [
+        [4.0, 0, -5, 0, 1, 0],
+        [0, -4, -4, 1, 1, 0],
+        [0, 4, -4, -1, 1, 0],
+        [0, -2, -1, 2, 1, 0],
+        [0, 2, -1, -2, 1, 0],
+        [0, 4, 0, -5, 0, 1],
+    ]
+)
+WEIGHTED = torch.tensor([[6, 0, 0], [-4, -4, -4], [-4, 4, -4], [1, 2, 4], [1, -2, 4], [0, 0, 24]]).double() / 24
 WRITTEN = torch.tensor([[1.0, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]])
 COPIES = F.one_hot(torch.tensor([0, 1, 1, 2, 2, 3])).float()  # which pixel each of an upsampled six is a copy of
 
@@ -32,7 +40,7 @@ class Filter:
         places = read.any(1)  # of an upsampled image's the one of -1 reads nothing
         self.reads, self.step = read.shape[1], SIDE // 2 if upsampled else SIDE
         self.read_PI = torch.kron(read[places], read[places])
-        self.weighted = torch.kron(WEIGHTED[places].double(), WEIGHTED[places].double())
+        self.weighted = torch.kron(WEIGHTED[places], WEIGHTED[places])
         self.written = torch.kron(WRITTEN[:, places], WRITTEN[:, places])
         self.everywhere = int(self.written.all(0).nonzero()[0])  # the place whose product is in each output, once
 
