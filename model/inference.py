@@ -1,13 +1,12 @@
 """How a loaded tokenizer computes: memory format and precision, applied once to its layers, nowhere else.
 
 Convolutions have their weights, and so their activations, channels-last, which is quicker, and but for bf16 those of a
-CPU go by tiles (``model/base/convolution.py``). At bf16 linear layers and
-convolutions hold bfloat16 weights and multiply in bfloat16 (sums are float32 inside); what is added up, normalised,
-looked up or compared stays float32, and so do the three layers whose output is read off: latents before quantization,
-the decoder's predictions, and pixels. At int8 linear layers, but for those, multiply whole numbers (``Int8Linear``) and
-all else is as at fp32: for processors that have int8 instructions, whether they have bf16 or not. That is for CPUs
-alone: torch multiplies int8 on CUDA only for more than 16 rows and sizes that are multiples of 8, and the few
-tokens of one image are fewer.
+CPU go by tiles (``model/base/convolution.py``). At bf16 linear layers and convolutions hold bfloat16 weights and
+multiply in bfloat16 (sums are float32 inside); what is added up, normalised, looked up or compared stays float32, and
+so do the three layers whose output is read off: latents before quantization, the decoder's predictions, and pixels. At
+int8 linear layers, but for those, multiply whole numbers (``Int8Linear``) and all else is as at fp32: for processors
+that have int8 instructions, whether they have bf16 or not. That is for CPUs alone: torch multiplies int8 on CUDA only
+for more than 16 rows and sizes that are multiples of 8, and the few tokens of one image are fewer.
 """
 
 from typing import TYPE_CHECKING, Any, Literal

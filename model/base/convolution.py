@@ -46,12 +46,15 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, O, h, w]."""
-        fits = x.device.type == "cpu" and x.dtype == torch.float32 and self.filter.tiles(*x.shape[2:]) >= LEAST_TILES
-        if not self.by_tiles or not fits or torch.is_grad_enabled():
+        if not self.by_tiles or torch.is_grad_enabled() or not self._fits(x):
             return self.as_written(x)
         if self.kernels_PCO is None:
             self.kernels_PCO = self.filter.kernels(self.weight)
         return self.filter.convolved(x, self.kernels_PCO, self.bias)
+
+    def _fits(self, x: Tensor) -> bool:
+        tiles = self.filter.tiles(*x.shape[2:])
+        return x.device.type == "cpu" and x.dtype == torch.float32 and tiles >= LEAST_TILES
 
     def as_written(self, x: Tensor) -> Tensor:
         """The convolution, output by output."""

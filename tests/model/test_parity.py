@@ -77,8 +77,9 @@ def test_every_output_of_every_rollout(recorded, name, prepared, monkeypatch):
         monkeypatch.setattr(convolution, "LEAST_CHANNELS", 32)
         prepare_for_inference(tokenizer, "fp32")
     found = differences(fixture, tokenizer, fixture.noise)
-    kept = [layer.kernels_PCO for layer in tokenizer.modules() if isinstance(layer, Conv3x3)]
-    assert sum(kernels is not None for kernels in kept) >= 20 * prepared
+    layers = [layer for layer in tokenizer.modules() if isinstance(layer, Conv3x3)]
+    by_tiles = sum(layer.kernels_PCO is not None for layer in layers)
+    assert by_tiles >= 20 if prepared else by_tiles == 0
     print(name, {kind: f"{value:.1e}" for kind, value in found.items()})
     assert {"x_latents", "decoded_code"} <= set(found)
     assert ("logits" in found) == (name != "C")
