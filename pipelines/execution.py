@@ -18,7 +18,7 @@ from components import artifacts
 from components.artifacts import SEEN, Draft, Job, Manifest, WorkspaceError
 from components.parts import files_digest
 from components.store import join, remove
-from pipelines.cluster import fits, stage_environment
+from pipelines.cluster import fits, free_placement_groups, stage_environment
 from pipelines.dag import Planned
 from pipelines.failures import Failure, diagnose
 from pipelines.lock import Lock
@@ -140,6 +140,8 @@ class Execution:
         scratch = join(context.workspace, "scratch", name, planned.key)
         if planned.reason == "forced" and number == 1:
             remove(scratch)  # or training would find itself finished
+        if number > 1 and not self.running:
+            free_placement_groups()
         attempt = Attempt(planned, number, Draft(context.workspace, name, planned.key))
         job = Job(
             stage=name,

@@ -1,24 +1,30 @@
-"""Ray's trainer, which ends when its training does."""
+"""Ray's trainer, without what would have nothing to do, and ending when its training does."""
 
+import os
 from typing import Any
 
 from ray.train.torch import TorchTrainer
+
+from components.config import OWN_RAY
 
 STOP_S = 2.0
 
 
 class Trainer(TorchTrainer):
-    """One that doesn't wait 12 s at its end for an answer that nobody gives.
+    """One that starts no process to deal out data sets where there are none, and no cleaner in a Ray of our own.
 
-    Ray's placement group cleaner asks the dashboard whether the controller lives. A Ray of our own has no dashboard:
-    the question is repeated for 20 s, and the cleaner's stop waits for its end. Where there is a dashboard it answers
-    at once. (In Ray 2.60 the time is a field of a callback; where another Ray keeps it elsewhere, the wait is back.)
-    Without data sets there is also no process that would deal them out.
+    Ray's placement group cleaner asks the dashboard whether the controller lives, which a Ray of our own doesn't have
+    (``pipelines.cluster.free_placement_groups`` does its work there). In another Ray without one it repeats the
+    question for 20 s, and its stop would wait for 12 s of them. (In Ray 2.60 the time is a field of a callback; where
+    another Ray keeps it elsewhere, the wait is back.)
     """
 
     def _create_default_callbacks(self) -> list[Any]:
+        unneeded = set() if self.datasets else {"DatasetsCallback"}
+        if OWN_RAY in os.environ:
+            unneeded.add("PlacementGroupCleanerCallback")
         callbacks: list[Any] = super()._create_default_callbacks()
         for callback in callbacks:
             if type(callback).__name__ == "PlacementGroupCleanerCallback":
                 callback._stop_timeout = STOP_S
-        return [one for one in callbacks if self.datasets or type(one).__name__ != "DatasetsCallback"]
+        return [one for one in callbacks if type(one).__name__ not in unneeded]

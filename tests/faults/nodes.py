@@ -64,23 +64,33 @@ class Run:
         return self.process.wait(timeout=timeout_s)
 
 
-def start(arguments: list[str], log: Path, variables: dict[str, str] | None = None) -> Run:
+def start(arguments: list[str], log: Path, variables: dict[str, str] | None = None, *, own_group: bool = False) -> Run:
+    """``own_group``: a process group of its own, for signals as a terminal sends them."""
+    environ = environment() | (variables or {})
     with log.open("wb") as sink:
         process = subprocess.Popen(
-            [*ALIT, "run", *arguments], stdout=sink, stderr=sink, cwd=ROOT, env=environment() | (variables or {})
+            [*ALIT, "run", *arguments],
+            stdout=sink,
+            stderr=sink,
+            cwd=ROOT,
+            env=environ,
+            process_group=0 if own_group else None,
         )
     return Run(process, log)
 
 
 def workers_below(pid: int) -> list[psutil.Process]:
     """Training workers among the descendants of a process."""
+    return processes_below(pid, "ray::RayTrainWorker")
+
+
+def processes_below(pid: int, title: str) -> list[psutil.Process]:
+    """Descendants of a process whose title begins so."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
-        try:
-            if process.cmdline() and process.cmdline()[0].startswith("ray::RayTrainWorker"):
+        with suppress(psutil.Error):
+            if process.cmdline() and process.cmdline()[0].startswith(title):
                 found.append(process)
-        except psutil.Error:
-            continue
     return found
 
 

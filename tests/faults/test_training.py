@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import EVERY, LONG, STREAMED, run_of, weights
-from tests.faults.nodes import Run, cluster, start, workers_below
+from tests.faults.nodes import Run, cluster, processes_below, start, workers_below
 from tests.integration.conftest import environment
 from tests.integration.test_job_submit import free_port
 
@@ -71,9 +71,21 @@ def kill_a_worker(run: Run, fault: str, *, since: int) -> None:
     assert reached - EVERY - since <= again
 
 
+def test_a_dead_controller_gives_its_place_back(tmp_path: Path, prepared: Path) -> None:
+    """Its workers had most of the machine: the next try can't begin beside what they held."""
+    run = start(run_of(prepared, *LONG, "training.cpus_per_worker=0.8"), tmp_path / "log")
+    run.wait_for(r"distill +step [6-9]/")
+    (controller,) = processes_below(run.process.pid, "ray::TrainController")
+    controller.send_signal(signal.SIGKILL)
+    run.wait_for(r"distill +will be tried again.*[Aa]ctor")
+    again = int(run.wait_for(r"going on from step (\d+) with 2 workers")[1])
+    assert again >= EVERY
+    assert run.finish() == 0, run.said
+
+
 def test_a_lost_node_shrinks_the_group_and_its_return_grows_it(tmp_path: Path, prepared: Path) -> None:
     elastic = ("training.workers={min: 1, max: 2}", "training.cpus_per_worker=1", "training.resize_s=2")
-    steps = ("training.distill.further_steps=100", "training.eval_every=100")
+    steps = ("training.distill.further_steps=70", "training.eval_every=70")
     # A node's process waits for the lost worker's replacement; the driver's variables don't reach it.
     with cluster(workers=2, RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S="5") as nodes:
         variables = nodes.variables | {"RAY_ADDRESS": nodes.address}
