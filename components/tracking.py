@@ -266,6 +266,14 @@ def store_for(settings: MlflowSettings, workspace: str) -> Store:
     return Store(uri, settings.experiment, None if on_server else f"{workspace}/{ARTIFACTS}")
 
 
+def load(store: Store) -> None:
+    """Import what opens the store, which takes seconds, and open nothing."""
+    from mlflow import MlflowClient  # noqa: F401
+
+    if store.uri.startswith("sqlite"):
+        import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
+
+
 def open_parent_run(store: Store, name: str, tags: Mapping[str, str]) -> Tracker:
     """A new run for a pipeline run; makes the experiment when it is missing. Raises TrackingError."""
     try:

@@ -2,6 +2,7 @@
 
 import logging
 import tempfile
+import threading
 import time
 import traceback
 import uuid
@@ -63,7 +64,7 @@ def run(pipeline: Pipeline, *, workspace: str, options: RunOptions | None = None
         logs = _log_folder(workspace, run_id)
         with (
             _traced(join(logs, "run.log")),
-            _ray_for(planned, options, logs, stop) as (have, hosts),
+            _ray_for(planned, options, store, logs, stop) as (have, hosts),
             _recorder(store, wanted, run_id, planned, stop) as recorder,
         ):
             if hosts > 1 and "://" in workspace and store.uri.startswith("sqlite"):
@@ -123,17 +124,21 @@ def _traced(file: str) -> Iterator[None]:
 
 @contextmanager
 def _ray_for(
-    planned: list[Planned], options: RunOptions, logs: str, stop: Stop
+    planned: list[Planned], options: RunOptions, store: Store, logs: str, stop: Stop
 ) -> Iterator[tuple[Mapping[str, float], int]]:
-    """Ray, big enough for every stage to run, its resources and its hosts; no Ray when there is none to run."""
+    """Ray, big enough for every stage to run, its resources and its hosts; no Ray when there is none to run.
+
+    While it starts, which is waiting for its processes, MLflow is imported.
+    """
     to_run = [one.stage for one in planned if one.state == "run"]
     if not to_run:
         yield {}, 0
         return
     _log.info("%d of %d stages to run: %s", len(to_run), len(planned), ", ".join(stage.name for stage in to_run))
-    with cluster(options.ray, join(logs, "ray.log")):
-        import ray
+    import ray
 
+    threading.Thread(target=tracking.load, args=(store,), daemon=True).start()
+    with cluster(options.ray, join(logs, "ray.log")):
         stop.listen()
         now, nodes = ray.cluster_resources(), ray.nodes()
         have = grown(now, options.ray.grows_to)
