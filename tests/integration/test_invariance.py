@@ -28,7 +28,6 @@ pytestmark = pytest.mark.slow
 WAYS = {
     "one by one": InferenceResources(batch_size=1, actors=1),
     "two actors": InferenceResources(batch_size=7, actors=2, cpus_per_actor=0.5),
-    "all at once": InferenceResources(batch_size=64, actors=1),
 }
 TASK = TaskConfig(name="reconstruction", rule=RuleConfig(kind="threshold", metric="l1", max=0.08))
 
