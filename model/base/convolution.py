@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.base.base import swish
+from model.base.norm import GroupNorm
 from model.base.winograd import PLAIN, UPSAMPLED
 
 LEAST_CHANNELS = 128  # with fewer the sums take longer than the products that they save
@@ -46,15 +48,21 @@ class Conv3x3(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, O, h, w]."""
-        if not self.by_tiles or torch.is_grad_enabled() or not self._fits(x):
-            return self.as_written(x)
-        if self.kernels_PCO is None:
-            self.kernels_PCO = self.filter.kernels(self.weight)
-        return self.filter.convolved(x, self.kernels_PCO, self.bias)
+        return self._in_tiles(x) if self._fits(x) else self.as_written(x)
+
+    def after(self, norm: GroupNorm, x: Tensor) -> Tensor:
+        """Of swish(norm(x)); by tiles a few rows are normed at a time, while a processor's cache holds them."""
+        return self._in_tiles(x, norm.scale_and_shift(x)) if self._fits(x) else self(swish(norm(x)))
 
     def _fits(self, x: Tensor) -> bool:
-        tiles = self.filter.tiles(*x.shape[2:])
-        return x.device.type == "cpu" and x.dtype == torch.float32 and tiles >= LEAST_TILES
+        if not self.by_tiles or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
+            return False
+        return self.filter.tiles(*x.shape[2:]) >= LEAST_TILES
+
+    def _in_tiles(self, x: Tensor, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        if self.kernels_PCO is None:
+            self.kernels_PCO = self.filter.kernels(self.weight)
+        return self.filter.convolved(x, self.kernels_PCO, self.bias, affine)
 
     def as_written(self, x: Tensor) -> Tensor:
         """The convolution, output by output."""

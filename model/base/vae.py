@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.base.base import Autoencoded, BaseTokenizer, Grid, swish
+from model.base.base import Autoencoded, BaseTokenizer, Grid
 from model.base.convolution import Conv3x3, UpsampleConv
 from model.base.norm import GroupNorm
 from model.config import VAEConfig
@@ -27,8 +27,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, h, w] -> [B, C_out, h, w]."""
-        h = self.conv_1(swish(self.norm_1(x)))
-        return self.shortcut(x) + self.conv_2(swish(self.norm_2(h)))
+        h = self.conv_1.after(self.norm_1, x)
+        return self.shortcut(x) + self.conv_2.after(self.norm_2, h)
 
 
 class AttentionBlock(nn.Module):
@@ -89,7 +89,7 @@ class Encoder(nn.Module):
             x = level(x)
             if i < len(self.downsample):
                 x = self.downsample[i](F.pad(x, (0, 1, 0, 1)))
-        return self.conv_out(swish(self.norm_out(self.middle(x))))
+        return self.conv_out.after(self.norm_out, self.middle(x))
 
 
 class Decoder(nn.Module):
@@ -121,7 +121,7 @@ class Decoder(nn.Module):
             x = level(x)
             if i < len(self.upsample):
                 x = self.upsample[i](x)
-        return self.conv_out(swish(self.norm_out(x)))
+        return self.conv_out.after(self.norm_out, x)
 
 
 class VAE(BaseTokenizer):

@@ -30,8 +30,8 @@ class ResBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, h, w] -> [B, C_out, h, w]."""
-        h = self.conv_1(swish(self.norm_1(x)))
-        h = self.conv_2(swish(self.norm_2(h)))
+        h = self.conv_1.after(self.norm_1, x)
+        h = self.conv_2.after(self.norm_2, h)
         if self.shortcut is None:
             return x + h
         return self.shortcut(x if self.skip_input else h) + h
@@ -89,7 +89,7 @@ class Decoder(nn.Module):
             x = level(x)
             if i < len(self.upsample):
                 x = self.upsample[i](x)
-        return self.conv_out(swish(self.norm_out(x)))
+        return self.conv_out.after(self.norm_out, x)
 
 
 class VQGAN(BaseTokenizer):

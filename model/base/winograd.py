@@ -53,27 +53,55 @@ class Filter:
         flat = weight.detach().double().permute(2, 3, 1, 0).reshape(9, -1)
         return (self.weighted @ flat).to(weight.dtype).view(-1, weight.shape[1], weight.shape[0])
 
-    def convolved(self, x: Tensor, kernels_PCO: Tensor, bias: Tensor | None) -> Tensor:
-        """Float32 [B, C, h, w], of a size that divides into tiles, to [B, O, H, W], channels-last."""
-        batch, channels, height, width = x.shape
-        scale = SIDE // self.step
+    def convolved(
+        self, x: Tensor, kernels_PCO: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
+        """Float32 [B, C, h, w], of a size that divides into tiles, to [B, O, H, W], channels-last.
+
+        ``affine``: scale and shift, each [B, C]; what is convolved is then silu(x * scale + shift).
+        """
+        batch, _, height, width = x.shape
         tall, wide, outputs = height // self.step, width // self.step, kernels_PCO.shape[2]
-        rows = max(1, AT_ONCE // (wide * (channels + outputs)))
-        padded = x.new_empty(batch, height + 2, width + 2, channels)
-        for edge in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
-            edge.zero_()
-        padded[:, 1:-1, 1:-1] = x.permute(0, 2, 3, 1)
         result = x.new_empty(batch, tall, SIDE, wide, SIDE, outputs)
-        for image, into in zip(padded, result, strict=True):
-            tiles = image.unfold(0, self.reads, self.step).unfold(1, self.reads, self.step).permute(3, 4, 0, 1, 2)
-            for row in range(0, tall, rows):
-                read = tiles[:, :, row : row + rows].reshape(self.reads**2, -1)
-                products_PTO = torch.bmm((self.read_PI @ read).view(len(kernels_PCO), -1, channels), kernels_PCO)
-                if bias is not None:
-                    products_PTO[self.everywhere] += bias
-                written = (self.written @ products_PTO.flatten(1)).view(SIDE, SIDE, -1, wide, outputs)
-                into[row : row + rows] = written.permute(2, 0, 3, 1, 4)
-        return result.view(batch, scale * height, scale * width, outputs).permute(0, 3, 1, 2)
+        for number, into in enumerate(result):
+            of_image = None if affine is None else (affine[0][number], affine[1][number])
+            self._convolve(x[number].permute(1, 2, 0), kernels_PCO, bias, of_image, into)
+        return result.view(batch, tall * SIDE, wide * SIDE, outputs).permute(0, 3, 1, 2)
+
+    def _convolve(
+        self,
+        image_hwC: Tensor,
+        kernels_PCO: Tensor,
+        bias: Tensor | None,
+        affine: tuple[Tensor, Tensor] | None,
+        into: Tensor,
+    ) -> None:
+        height, width, channels = image_hwC.shape
+        tall, _, wide, _, outputs = into.shape
+        padded = image_hwC.new_empty(height + 2, width + 2, channels)
+        for edge in (padded[0], padded[-1], padded[:, 0], padded[:, -1]):
+            edge.zero_()
+        tiles = padded.unfold(0, self.reads, self.step).unfold(1, self.reads, self.step).permute(3, 4, 0, 1, 2)
+        rows, filled = max(1, AT_ONCE // (wide * (channels + outputs))), 0
+        for row in range(0, tall, rows):
+            needed = min(height, (row + rows) * self.step + 1)
+            _fill(padded[1 + filled : 1 + needed, 1:-1], image_hwC[filled:needed], affine)
+            filled = needed
+            read = tiles[:, :, row : row + rows].reshape(self.reads**2, -1)
+            products_PTO = torch.bmm((self.read_PI @ read).view(len(kernels_PCO), -1, channels), kernels_PCO)
+            if bias is not None:
+                products_PTO[self.everywhere] += bias
+            written = (self.written @ products_PTO.flatten(1)).view(SIDE, SIDE, -1, wide, outputs)
+            into[row : row + rows] = written.permute(2, 0, 3, 1, 4)
+
+
+def _fill(rows: Tensor, image: Tensor, affine: tuple[Tensor, Tensor] | None) -> None:
+    """The next rows of an image, while a processor's cache holds them."""
+    if affine is None:
+        rows.copy_(image)
+    else:
+        scale_C, shift_C = affine
+        F.silu(torch.addcmul(shift_C, image, scale_C, out=rows), inplace=True)
 
 
 PLAIN, UPSAMPLED = Filter(upsampled=False), Filter(upsampled=True)

@@ -7,6 +7,7 @@ from conftest import seeded
 from torch import Tensor, nn
 
 from model.base.convolution import LEAST_CHANNELS, Conv3x3, UpsampleConv
+from model.base.norm import GroupNorm
 
 
 def layer_by_tiles(channels_out: int = LEAST_CHANNELS, *, upsamples: bool = False, bias: bool = True) -> Conv3x3:
@@ -14,6 +15,13 @@ def layer_by_tiles(channels_out: int = LEAST_CHANNELS, *, upsamples: bool = Fals
     layer = UpsampleConv(LEAST_CHANNELS) if upsamples else Conv3x3(LEAST_CHANNELS, channels_out, bias=bias)
     layer.eval().convolve_by_tiles(True)
     return layer
+
+
+def some_norm() -> GroupNorm:
+    norm = GroupNorm(32, LEAST_CHANNELS, eps=1e-6)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm.eval()
 
 
 def exact(layer: Conv3x3, x: Tensor) -> Tensor:
@@ -42,12 +50,26 @@ def test_by_tiles_is_the_convolution(photographs, kind, size, layout):
     assert (found - expected).norm() / expected.norm() < 2e-6
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(32, 32), (36, 132), (256, 64)])
+@torch.no_grad()
+def test_after_a_norm_is_norm_swish_and_convolution(photographs, size, layout):
+    layer, norm, x = layer_by_tiles(), some_norm(), features(photographs, size, 2).contiguous(memory_format=layout)
+    normed = F.group_norm(x.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps)
+    found, expected = layer.after(norm, x), exact(layer, F.silu(normed))
+    assert layer.kernels_PCO is not None
+    assert (found - expected).norm() / expected.norm() < 2e-6
+    layer.convolve_by_tiles(False)
+    assert torch.equal(layer.after(norm, x), layer.as_written(F.silu(norm(x))))
+
+
 @torch.no_grad()
 def test_an_image_is_the_same_bits_in_any_company(photographs):
-    layer, x = layer_by_tiles(), features(photographs, (64, 64), 3)
-    together = layer(x)
+    layer, norm, x = layer_by_tiles(), some_norm(), features(photographs, (64, 64), 3)
+    together, after = layer(x), layer.after(norm, x)
     for row in range(3):
         assert torch.equal(layer(x[row : row + 1])[0], together[row])
+        assert torch.equal(layer.after(norm, x[row : row + 1])[0], after[row])
 
 
 @pytest.mark.parametrize("size", [(32, 30), (30, 32), (28, 32), (8, 8)])
