@@ -13,8 +13,8 @@ class GroupNorm(nn.GroupNorm):
     """Without gradients as accurate channels-last as it is otherwise, and as quick.
 
     On a CPU torch adds a group's squares up one by one there (2.13): at 256 px outputs are up to 1e-3 off, and another
-    number of threads gives others, which is enough to change codes. Here rows are added up first, less a value near their
-    mean.
+    number of threads gives others, which is enough to change codes. Here rows are added up first, less what is near
+    their mean.
     """
 
     def forward(self, x: Tensor) -> Tensor:
