@@ -20,7 +20,7 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-# Nobody takes a node from a Ray of our own, whose processes inherit these: an actor less that looks out for it.
+# Of a Ray of our own: nobody takes a node from it, so there needn't be an actor that looks out for that.
 OWN = {OWN_RAY: "1", "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}
 MIB, GIB = 1 << 20, 1 << 30
 EPSILON = 1e-6
@@ -47,22 +47,38 @@ def cluster(settings: RaySettings, log: str) -> Iterator[None]:
         return
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file):
+    arguments = _init_arguments(settings)
+    own = arguments.get("address") == "local"
+    with (
+        open(log, "a", encoding="utf-8") as file,
+        redirect_stdout(file),
+        _inherited({**OWN, **stage_environment()} if own else {}),
+    ):
         try:
-            _connect(settings)
+            _connect(settings, arguments)
             yield
         finally:
             ray.shutdown()
-            for name in OWN:
-                os.environ.pop(name, None)
 
 
-def _connect(settings: RaySettings) -> None:
+@contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """Set them for the processes that are started here meanwhile."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _connect(settings: RaySettings, arguments: Mapping[str, Any]) -> None:
     import ray
 
-    arguments = _init_arguments(settings)
-    if arguments.get("address") == "local":
-        os.environ.update(OWN)
     try:
         ray.init(log_to_driver=False, logging_level="ERROR", **arguments)
     except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
@@ -98,6 +114,14 @@ def free_placement_groups() -> None:
         for number, group in placement_group_table().items():
             if group["state"] != "REMOVED":
                 remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(number))))
+
+
+def runtime_env() -> dict[str, Any]:
+    """Ray's, of a stage's process and those that it starts.
+
+    Those of a Ray of our own have inherited it all: so they can be the ones that Ray starts with.
+    """
+    return {} if OWN_RAY in os.environ else {"env_vars": stage_environment()}
 
 
 def stage_environment() -> dict[str, str]:

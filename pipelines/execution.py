@@ -18,7 +18,7 @@ from components import artifacts
 from components.artifacts import SEEN, Draft, Job, Manifest, WorkspaceError
 from components.parts import files_digest
 from components.store import join, remove
-from pipelines.cluster import fits, free_placement_groups, stage_environment
+from pipelines.cluster import fits, free_placement_groups, runtime_env
 from pipelines.dag import Planned
 from pipelines.failures import Failure, diagnose
 from pipelines.lock import Lock
@@ -110,7 +110,7 @@ class Execution:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         placed = {"num_cpus": 0, "scheduling_strategy": here}
         # Stages that follow each other share a process: starting one and importing MLflow takes 2 s of processor time.
-        self.task = ray.remote(max_retries=0, **placed)(execute).options(runtime_env={"env_vars": stage_environment()})
+        self.task = ray.remote(max_retries=0, **placed)(execute).options(runtime_env=runtime_env())
         self.board = ray.remote(Board).options(**placed).remote()
 
     def run(self) -> None:
