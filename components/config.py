@@ -24,7 +24,6 @@ from model.recipes import FinetuneConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
-OWN_RAY = "ALIT_OWN_RAY"  # a variable of the processes of a Ray that was started for the run, and ends with it
 
 
 class Settings(BaseModel):

@@ -4,7 +4,6 @@ It and serving.py, which MLflow runs beside the weights, are the modules besides
 """
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from components.artifacts import MANIFEST, TOKENIZER_FILES, Publication, digest_of
 from components.buckets import check, is_bucket
 from components.config import RuleConfig
+from components.environment import restored
 from components.rules import HEADS
 from components.store import exists, filled_folder, join, local_folder, read_json
 from components.tracking import Tracker, redact
@@ -255,17 +255,14 @@ def _one_registry(registry: str) -> Iterator[Any]:
     """
     import mlflow
 
-    before = {name: os.environ.get(name) for name in (TRACKING_URI, REGISTRY_URI)}
-    try:
-        mlflow.set_tracking_uri(registry)
-        mlflow.set_registry_uri(registry)
-        yield mlflow
-    finally:
-        mlflow.set_tracking_uri(None)
-        mlflow.set_registry_uri(None)
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            os.environ.update({name: value} if value is not None else {})
+    with restored(TRACKING_URI, REGISTRY_URI):
+        try:
+            mlflow.set_tracking_uri(registry)
+            mlflow.set_registry_uri(registry)
+            yield mlflow
+        finally:
+            mlflow.set_tracking_uri(None)
+            mlflow.set_registry_uri(None)
 
 
 @contextmanager

@@ -10,7 +10,8 @@ from typing import Any
 
 from components import buckets
 from components.artifacts import WorkspaceError
-from components.config import OWN_RAY, ClusterSize, RaySettings
+from components.config import ClusterSize, RaySettings
+from components.environment import OWN_RAY, restored
 from pipelines.dag import Demand, Stage
 
 ENVIRONMENT = {
@@ -48,31 +49,14 @@ def cluster(settings: RaySettings, log: str) -> Iterator[None]:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     arguments = _init_arguments(settings)
-    own = arguments.get("address") == "local"
-    with (
-        open(log, "a", encoding="utf-8") as file,
-        redirect_stdout(file),
-        _inherited({**OWN, **stage_environment()} if own else {}),
-    ):
+    inherited = {**OWN, **stage_environment()} if arguments.get("address") == "local" else {}
+    with open(log, "a", encoding="utf-8") as file, redirect_stdout(file), restored(*inherited):
+        os.environ.update(inherited)
         try:
             _connect(settings, arguments)
             yield
         finally:
             ray.shutdown()
-
-
-@contextmanager
-def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
-    """Set them for the processes that are started here meanwhile."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
 
 
 def _connect(settings: RaySettings, arguments: Mapping[str, Any]) -> None:

@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ROOMS = ("model", "components", "pipelines", "infra")  # each may import those before it, and itself
 LEAVES = {  # what components share
-    "artifacts", "buckets", "config", "distributions", "image_files", "images", "judges", "mapping", "model_card",
-    "parts", "plugins", "registry", "rules", "scores", "software", "store", "targets", "task_config", "tasks",
-    "tracking",
+    "artifacts", "buckets", "config", "distributions", "environment", "image_files", "images", "judges", "mapping",
+    "model_card", "parts", "plugins", "registry", "rules", "scores", "software", "store", "targets", "task_config",
+    "tasks", "tracking",
 }  # fmt: skip
 MLFLOW = {"components.tracking", "components.registry", "components.serving"}  # serving is what MLflow itself runs
 NOT_IN_MODEL = {"ray", "mlflow", "pydantic", "PIL"}

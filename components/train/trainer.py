@@ -5,8 +5,9 @@ from typing import Any
 
 from ray.train.torch import TorchTrainer
 
-from components.config import OWN_RAY
+from components.environment import OWN_RAY
 
+CLEANER = "PlacementGroupCleanerCallback"
 STOP_S = 2.0
 
 
@@ -22,9 +23,9 @@ class Trainer(TorchTrainer):
     def _create_default_callbacks(self) -> list[Any]:
         unneeded = set() if self.datasets else {"DatasetsCallback"}
         if OWN_RAY in os.environ:
-            unneeded.add("PlacementGroupCleanerCallback")
+            unneeded.add(CLEANER)
         callbacks: list[Any] = super()._create_default_callbacks()
         for callback in callbacks:
-            if type(callback).__name__ == "PlacementGroupCleanerCallback":
+            if type(callback).__name__ == CLEANER:
                 callback._stop_timeout = STOP_S
         return [one for one in callbacks if type(one).__name__ not in unneeded]
