@@ -36,6 +36,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # training waits for these
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",  # s
 }
+os.environ.update({**ENVIRONMENT, **os.environ})  # here, for MLflow reads some when it is imported, by whomever
 OUTAGE_S = 30.0  # after a failure the server is left alone for so long
 BACKLOG_METRICS = 100_000  # kept per run while the server is away; the oldest go first
 BACKLOG_CALLS = 10_000  # kept by a Behind while the server is away; the oldest go first
@@ -397,8 +398,6 @@ def flatten(value: Any, path: str = "") -> dict[str, Any]:
 
 @lru_cache(maxsize=4)
 def _client(uri: str) -> "MlflowClient":
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
     for name in ("mlflow", "alembic"):

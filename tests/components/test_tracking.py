@@ -1,7 +1,10 @@
 """The record, against a real sqlite store."""
 
 import logging
+import os
 import pickle
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -25,12 +28,28 @@ from components.tracking import (
     store_for,
 )
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setattr(tracking, "_away_until", {})
     monkeypatch.setattr(tracking, "_backlog", {})
+
+
+@pytest.mark.parametrize("first", ["tracking.load(store)", "registry.runs_of_versions(store.uri)"])
+def test_mlflow_reports_to_nobody(first: str, tmp_path: Path) -> None:
+    """Whoever imports it first, in a process that was told nothing."""
+    code = f"""
+from components import registry, tracking
+store = tracking.Store("sqlite:///{tmp_path}/mlflow.db", "alit")
+{first}
+from mlflow.telemetry import get_telemetry_client
+assert get_telemetry_client() is None
+"""
+    told = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW", "PYTEST"))}
+    subprocess.run([sys.executable, "-c", code], env=told, cwd=ROOT, check=True)
 
 
 @pytest.fixture(scope="module")
