@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.base.base import swish
-from model.base.norm import GroupNorm
+from model.base.norm import GroupNorm, inferred_on_cpu
 from model.base.winograd import PLAIN, UPSAMPLED
 
 LEAST_CHANNELS = 128  # with fewer the sums take longer than the products that they save
@@ -51,13 +51,14 @@ class Conv3x3(nn.Conv2d):
         return self._in_tiles(x) if self._fits(x) else self.as_written(x)
 
     def after(self, norm: GroupNorm, x: Tensor) -> Tensor:
-        """Of swish(norm(x)); by tiles a few rows are normed at a time, while a processor's cache holds them."""
+        """[B, C, h, w] -> [B, O, h, w] of swish(norm(x)).
+
+        By tiles a few rows are normed at a time, while a processor's cache holds them.
+        """
         return self._in_tiles(x, norm.scale_and_shift(x)) if self._fits(x) else self(swish(norm(x)))
 
     def _fits(self, x: Tensor) -> bool:
-        if not self.by_tiles or torch.is_grad_enabled() or x.device.type != "cpu" or x.dtype != torch.float32:
-            return False
-        return self.filter.tiles(*x.shape[2:]) >= LEAST_TILES
+        return self.by_tiles and inferred_on_cpu(x) and self.filter.tiles(*x.shape[2:]) >= LEAST_TILES
 
     def _in_tiles(self, x: Tensor, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
         if self.kernels_PCO is None:
