@@ -1,4 +1,4 @@
-"""What a training survives: its worker, a node with one, a damaged checkpoint, a full disk, MLflow going away.
+"""What a training survives: a worker, the controller or a node killed, a damaged checkpoint, a full disk, MLflow away.
 
 Real processes are killed while they train on real photographs. After each the training ends, and no more steps were
 done twice than lie between two checkpoints; where the number of workers stayed, the weights are an unbroken run's.

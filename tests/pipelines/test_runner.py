@@ -343,15 +343,15 @@ class TestOwnRay:
         assert "RUNNING" not in {r.info.status for r in runs(workspace)}
         driver.process.communicate()
 
-    def test_stopped_driver(self, tmp_path: Path) -> None:
-        """SIGTERM; SIGINT is sent to a run that trains (tests/faults/test_driver.py)."""
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_stopped_driver(self, tmp_path: Path, number: signal.Signals) -> None:
         workspace, log = tmp_path / "w", tmp_path / "events"
         driver = Driver(workspace, second={"events": str(log), "seconds": 60.0})
         driver.wait_for(lambda: events(log))
         asked = time.monotonic()
-        os.killpg(driver.process.pid, signal.SIGTERM)  # to the driver's whole process group
+        os.killpg(driver.process.pid, number)  # as a terminal does: to the driver's whole process group
         code, record, shown = driver.end()
-        assert code == 128 + signal.SIGTERM, shown
+        assert code == 128 + number, shown
         assert time.monotonic() - asked < 30
         by_name = {one["name"]: one["state"] for one in record["stages"]}
         assert by_name["first"] == "done" and by_name["second"] == by_name["third"] == "cancelled"
