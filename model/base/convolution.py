@@ -1,4 +1,4 @@
-"""The 3x3 convolutions of a base tokenizer.
+"""The convolutions of a base tokenizer.
 
 Legend: B batch, C channels in, O channels out, h w the input's rows and columns, P places (``model/base/winograd.py``).
 """
@@ -97,6 +97,23 @@ class UpsampleConv(Conv3x3):
         for row, column, part in parts:
             output[:, :, row::2, column::2] = part
         return output
+
+
+class Conv1x1(nn.Conv2d):
+    """A linear layer over channels.
+
+    As one in float32 on CPUs without gradients: of one image torch convolves otherwise with one thread than with two,
+    and rounds otherwise.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, *, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, h, w] -> [B, O, h, w]."""
+        if not inferred_on_cpu(x):
+            return super().forward(x)
+        return F.linear(x.permute(0, 2, 3, 1), self.weight[:, :, 0, 0], self.bias).permute(0, 3, 1, 2)
 
 
 def _shared(kernel: Tensor, dim: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.base.base import Autoencoded, BaseTokenizer, Grid
-from model.base.convolution import Conv3x3, UpsampleConv
+from model.base.convolution import Conv1x1, Conv3x3, UpsampleConv
 from model.base.norm import GroupNorm
 from model.config import VAEConfig
 from model.halting import halt_by_error
@@ -23,7 +23,7 @@ class ResBlock(nn.Module):
         self.conv_1 = Conv3x3(channels_in, channels_out)
         self.norm_2 = GroupNorm(num_groups, channels_out, eps=1e-6)
         self.conv_2 = Conv3x3(channels_out, channels_out)
-        self.shortcut = nn.Conv2d(channels_in, channels_out, 1) if channels_in != channels_out else nn.Identity()
+        self.shortcut = Conv1x1(channels_in, channels_out) if channels_in != channels_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, h, w] -> [B, C_out, h, w]."""
@@ -37,10 +37,10 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, num_groups: int) -> None:
         super().__init__()
         self.norm = GroupNorm(num_groups, channels, eps=1e-6)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.out = nn.Conv2d(channels, channels, 1)
+        self.q = Conv1x1(channels, channels)
+        self.k = Conv1x1(channels, channels)
+        self.v = Conv1x1(channels, channels)
+        self.out = Conv1x1(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, h, w] -> [B, C, h, w]."""
@@ -136,8 +136,8 @@ class VAE(BaseTokenizer):
         self.output_dim = config.embed_dim
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.to_moments = nn.Conv2d(2 * config.embed_dim, 2 * config.embed_dim, 1)
-        self.from_code = nn.Conv2d(config.embed_dim, config.embed_dim, 1)
+        self.to_moments = Conv1x1(2 * config.embed_dim, 2 * config.embed_dim)
+        self.from_code = Conv1x1(config.embed_dim, config.embed_dim)
 
     @property
     def last_layer(self) -> Tensor:

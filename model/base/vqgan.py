@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.base.base import Autoencoded, BaseTokenizer, Grid, swish
-from model.base.convolution import Conv3x3, UpsampleConv
+from model.base.convolution import Conv1x1, Conv3x3, UpsampleConv
 from model.base.norm import GroupNorm
 from model.config import VQGANConfig
 from model.halting import halt_by_probability, true_probability
@@ -24,9 +24,9 @@ class ResBlock(nn.Module):
         self.norm_2 = GroupNorm(config.num_groups, channels_out, eps=1e-6)
         self.conv_2 = Conv3x3(channels_out, channels_out, bias=False)
         self.skip_input = config.shortcut == "input"
-        self.shortcut: nn.Conv2d | None = None
+        self.shortcut: Conv1x1 | None = None
         if channels_in != channels_out:
-            self.shortcut = nn.Conv2d(channels_in if self.skip_input else channels_out, channels_out, 1, bias=False)
+            self.shortcut = Conv1x1(channels_in if self.skip_input else channels_out, channels_out, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C_in, h, w] -> [B, C_out, h, w]."""
@@ -52,7 +52,7 @@ class Encoder(nn.Module):
             previous = width
         self.middle = nn.Sequential(ResBlock(previous, previous, config), ResBlock(previous, previous, config))
         self.norm_out = GroupNorm(config.num_groups, previous, eps=1e-6)
-        self.conv_out = nn.Conv2d(previous, config.embed_dim, 1)
+        self.conv_out = Conv1x1(previous, config.embed_dim)
 
     def forward(self, images: Tensor) -> Tensor:
         """Encode."""

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIDE = 4  # of a tile's outputs, px
-AT_ONCE = 2**16  # numbers of a place read and written at a time, so that a processor's cache holds them all
+AT_ONCE = 2**15  # numbers of a place that a thread reads and writes at a time, so that a processor's cache holds them
 # Along one side; a row of READ and WEIGHTED and a column of WRITTEN is a place: 0, 1, -1, 2, -2 and infinity.
 READ = torch.tensor(
     [
@@ -78,16 +78,21 @@ class Filter:
     ) -> None:
         height, width, channels = image_hwC.shape
         tall, _, wide, _, outputs = into.shape
-        padded = image_hwC.new_empty(height + 2, width + 2, channels)
-        for edge in (padded[0], padded[-1], padded[:, 0], padded[:, -1]):
+        at_once = torch.get_num_threads() * AT_ONCE // (wide * (channels + outputs))
+        rows, filled = min(tall, max(1, at_once)), 0  # of tiles
+        band = image_hwC.new_empty(rows * self.step + 2, width + 2, channels)
+        for edge in (band[0], band[:, 0], band[:, -1]):
             edge.zero_()
-        tiles = padded.unfold(0, self.reads, self.step).unfold(1, self.reads, self.step).permute(3, 4, 0, 1, 2)
-        rows, filled = max(1, AT_ONCE // (wide * (channels + outputs))), 0
+        tiles = band.unfold(0, self.reads, self.step).unfold(1, self.reads, self.step).permute(3, 4, 0, 1, 2)
         for row in range(0, tall, rows):
-            needed = min(height, (row + rows) * self.step + 1)
-            _fill(padded[1 + filled : 1 + needed, 1:-1], image_hwC[filled:needed], affine)
+            above, needed = row * self.step - 1, min(height, (row + rows) * self.step + 1)
+            if row:
+                band[:2] = band[-2:]
+            _fill(band[filled - above : needed - above, 1:-1], image_hwC[filled:needed], affine)
+            if needed == height:
+                band[height - above].zero_()
             filled = needed
-            read = tiles[:, :, row : row + rows].reshape(self.reads**2, -1)
+            read = tiles[:, :, : min(rows, tall - row)].reshape(self.reads**2, -1)
             products_PTO = torch.bmm((self.read_PI @ read).view(len(kernels_PCO), -1, channels), kernels_PCO)
             if bias is not None:
                 products_PTO[self.everywhere] += bias
