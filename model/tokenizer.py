@@ -3,7 +3,8 @@
 Legend: B batch, K budgets, L latents, D numbers in a latent, E base channels, G = h * w grid tokens, O head outputs.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,12 @@ from model.predicted import PredictedThreshold
 from model.quantizer import Continuous, VectorQuantizer
 from model.rollout import HaltingNoise, Rollout, RolloutStep
 from model.selection import FixedTokens, MeanTokens, Rule
+from model.singly import image_by_image
 from model.tokens import TokenBatch
 
 FORMAT = "alit-tokenizer"
 FORMAT_VERSION = 1
+PIXELS_AT_ONCE = 2**20  # of images that convolutions take at once: feature maps are some 2 KB a pixel
 
 
 class AlitTokenizer(nn.Module):
@@ -85,7 +88,7 @@ class AlitTokenizer(nn.Module):
     def _embedded(self, images: Tensor, features: Tensor | None, noise: Tensor | None) -> tuple[Tensor, Tensor]:
         """Image tokens [B, S, W] and targets."""
         if self._one_by_one(images):
-            parts = [self._embedded(*row) for row in _rows(images, features, noise)]
+            parts = image_by_image(self._embedded, self._at_once, images, features, noise)
             return torch.cat([tokens for tokens, _ in parts]), torch.cat([target for _, target in parts])
         grid = self.base.encode(images, noise) if features is None else self.base.grid(features)
         return self.encoder.image_tokens(images, grid.features_BEhw), grid.target.detach()
@@ -97,6 +100,11 @@ class AlitTokenizer(nn.Module):
         accelerators promise neither, and training wants the speed.
         """
         return not self.training and batch.device.type == "cpu" and len(batch) > 1
+
+    @property
+    def _at_once(self) -> int:
+        """How many of those may go at once: at bf16 one, since there torch rounds differently with more threads."""
+        return 1 if self.precision == "bf16" else PIXELS_AT_ONCE // math.prod(self.config.image_size)
 
     @torch.no_grad()
     def encode(self, images: Tensor, rule: Rule | PredictedThreshold | int) -> TokenBatch:
@@ -194,7 +202,7 @@ class AlitTokenizer(nn.Module):
     def grid_to_images(self, output_BGO: Tensor) -> Tensor:
         """The decoder's predictions to images [B, 3, H, W], not clamped."""
         if self._one_by_one(output_BGO):
-            return torch.cat([self.grid_to_images(output.unsqueeze(0)) for output in output_BGO])
+            return torch.cat(image_by_image(self.grid_to_images, self._at_once, output_BGO))
         rows, columns = self.config.grid
         code_BGE = self.base.code(output_BGO)
         return self.base.decode(code_BGE.transpose(1, 2).reshape(len(code_BGE), -1, rows, columns))
@@ -265,11 +273,6 @@ def resize_positions(table_SW: Tensor, grid: tuple[int, int], new_grid: tuple[in
     shrinks = new_grid[0] < grid[0] or new_grid[1] < grid[1]
     resized = F.interpolate(picture.float(), size=new_grid, mode="bicubic", align_corners=False, antialias=shrinks)
     return torch.cat([class_1W, resized.to(table_SW.dtype).flatten(2)[0].T])
-
-
-def _rows(images: Tensor, *others: Tensor | None) -> Iterator[tuple[Any, ...]]:
-    for row in range(len(images)):
-        yield images[row : row + 1], *(None if other is None else other[row : row + 1] for other in others)
 
 
 def _index(rows: NDArray[np.int64], like: Tensor) -> Tensor:

@@ -12,10 +12,11 @@ import resource
 import subprocess
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, get_args
 
 import numpy as np
@@ -102,13 +103,24 @@ class Meter:
     def __init__(self, tokenizer: AlitTokenizer) -> None:
         self.read: Callable[[], float] = time.perf_counter
         self.total: dict[str, float] = defaultdict(float)
+        self.inside: Counter[str] = Counter()  # threads that work on images of their own
+        self.lock = Lock()
         modules = (tokenizer.base.encoder, tokenizer.encoder, tokenizer.decoder, tokenizer.base.decoder)
         for name, module in zip(PHASES, modules, strict=True):
-            module.register_forward_pre_hook(lambda *_, name=name: self._add(name, -self.read()))
-            module.register_forward_hook(lambda *_, name=name: self._add(name, self.read()))
+            module.register_forward_pre_hook(lambda *_, name=name: self._enter(name))
+            module.register_forward_hook(lambda *_, name=name: self._leave(name))
 
-    def _add(self, name: str, value: float) -> None:
-        self.total[name] += value
+    def _enter(self, name: str) -> None:
+        with self.lock:
+            if not self.inside[name]:
+                self.total[name] -= self.read()
+            self.inside[name] += 1
+
+    def _leave(self, name: str) -> None:
+        with self.lock:
+            self.inside[name] -= 1
+            if not self.inside[name]:
+                self.total[name] += self.read()
 
     def run(self, work: Callable[[], None], read: Callable[[], float]) -> tuple[float, dict[str, float]]:
         """What ``work`` cost in all and by phase, in the units of ``read``."""
