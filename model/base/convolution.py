@@ -3,6 +3,7 @@
 Legend: B batch, C channels in, O channels out, h w the input's rows and columns, P places (``model/base/winograd.py``).
 """
 
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -15,6 +16,7 @@ from model.base.winograd import PLAIN, UPSAMPLED
 
 LEAST_CHANNELS = 128  # with fewer the sums take longer than the products that they save
 LEAST_TILES = 64  # with fewer the kernels' sums, four times the weights, are read for too little
+MAKING = Lock()  # threads that have an image each come to a layer's first image at once
 
 
 class Conv3x3(nn.Conv2d):
@@ -61,8 +63,9 @@ class Conv3x3(nn.Conv2d):
         return self.by_tiles and inferred_on_cpu(x) and self.filter.tiles(*x.shape[2:]) >= LEAST_TILES
 
     def _in_tiles(self, x: Tensor, affine: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        if self.kernels_PCO is None:
-            self.kernels_PCO = self.filter.kernels(self.weight)
+        with MAKING:
+            if self.kernels_PCO is None:
+                self.kernels_PCO = self.filter.kernels(self.weight)
         return self.filter.convolved(x, self.kernels_PCO, self.bias, affine)
 
     def as_written(self, x: Tensor) -> Tensor:
@@ -102,8 +105,8 @@ class UpsampleConv(Conv3x3):
 class Conv1x1(nn.Conv2d):
     """A linear layer over channels.
 
-    As one in float32 on CPUs without gradients: of one image torch convolves otherwise with one thread than with two,
-    and rounds otherwise.
+    In float32 on CPUs, without gradients, it is computed as one: torch's convolution of one image goes another way with
+    one thread than with two, and rounds differently.
     """
 
     def __init__(self, channels_in: int, channels_out: int, *, bias: bool = True) -> None:

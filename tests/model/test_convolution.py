@@ -1,4 +1,6 @@
-"""The base's 3x3 convolutions by tiles are those as written, for whatever weights and sizes they get."""
+"""The base's convolutions, 3x3 ones by tiles too, are those as written, for whatever weights and sizes they get."""
+
+import time
 
 import pytest
 import torch
@@ -6,8 +8,10 @@ import torch.nn.functional as F
 from conftest import seeded
 from torch import Tensor, nn
 
-from model.base.convolution import LEAST_CHANNELS, Conv3x3, UpsampleConv
+from model.base.convolution import LEAST_CHANNELS, Conv1x1, Conv3x3, UpsampleConv
 from model.base.norm import GroupNorm
+from model.base.winograd import PLAIN
+from model.singly import image_by_image
 
 
 def layer_by_tiles(channels_out: int = LEAST_CHANNELS, *, upsamples: bool = False, bias: bool = True) -> Conv3x3:
@@ -72,6 +76,26 @@ def test_an_image_is_the_same_bits_in_any_company(photographs):
         assert torch.equal(layer.after(norm, x[row : row + 1])[0], after[row])
 
 
+@torch.no_grad()
+def test_threads_with_an_image_each_make_kernels_once_and_get_the_same_bits(photographs, monkeypatch):
+    layer, norm, x = layer_by_tiles(), some_norm(), features(photographs, (64, 64), 4)
+    expected, made, kernels = layer_by_tiles().after(norm, x), [], PLAIN.kernels
+
+    def slowly(weight):
+        made.append(weight)
+        time.sleep(0.2)  # the other thread is here by then
+        return kernels(weight)
+
+    monkeypatch.setattr(PLAIN, "kernels", slowly)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = torch.cat(image_by_image(lambda image: layer.after(norm, image), 2, x))
+    finally:
+        torch.set_num_threads(before)
+    assert len(made) == 1 and torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("size", [(32, 30), (30, 32), (28, 32), (8, 8)])
 @torch.no_grad()
 def test_what_is_not_tiles_or_too_few_goes_as_written(photographs, size):
@@ -110,3 +134,14 @@ def test_kernels_are_no_part_of_what_is_saved(photographs):
     with torch.no_grad():
         layer(x)
     assert set(layer.state_dict()) == {"weight", "bias"} and layer.kernels_PCO is not None
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_1x1_convolution_is_one_without_gradients_too(photographs, layout):
+    layer, x = Conv1x1(3, 7), photographs(3, (16, 16)).contiguous(memory_format=layout)
+    expected = nn.functional.conv2d(x, layer.weight, layer.bias)
+    assert torch.allclose(layer(x), expected, atol=1e-6)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), expected, atol=1e-6)
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None

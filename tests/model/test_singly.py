@@ -5,9 +5,7 @@ import threading
 import pytest
 import torch
 from conftest import SMALL_CONFIGS
-from torch import nn
 
-from model.base.convolution import Conv1x1
 from model.inference import PRECISIONS, prepare_for_inference
 from model.singly import image_by_image
 
@@ -78,14 +76,3 @@ def test_an_image_is_the_same_bits_in_any_company_and_but_for_bf16_on_any_thread
     torch.set_num_threads(1)
     if precision != "bf16":
         assert all(torch.equal(*pair) for pair in zip(together, everything(images), strict=True))
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_a_1x1_convolution_is_one_without_gradients_too(photographs, layout):
-    layer, x = Conv1x1(3, 7), photographs(3, (16, 16)).contiguous(memory_format=layout)
-    expected = nn.functional.conv2d(x, layer.weight, layer.bias)
-    assert torch.allclose(layer(x), expected, atol=1e-6)
-    with torch.no_grad():
-        assert torch.allclose(layer(x), expected, atol=1e-6)
-    layer(x).sum().backward()
-    assert layer.weight.grad is not None
