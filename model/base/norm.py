@@ -36,9 +36,10 @@ class GroupNorm(nn.GroupNorm):
         near_BC = x[:, :, height // 2].mean(2)  # their mean, or near it
         sums_B2hC, ones_1w = x.new_empty(batch, 2, height, channels), x.new_ones(1, width)
         at_once = max(1, AT_ONCE // (width * channels))
+        memory = x.new_empty(at_once, width, channels)
         for image_hwC, near_C, sums_2hC in zip(x.permute(0, 2, 3, 1), near_BC, sums_B2hC, strict=True):
             for rows, (sums, squares) in zip(image_hwC.split(at_once), sums_2hC.split(at_once, 1), strict=True):
-                left = rows - near_C
+                left = torch.sub(rows, near_C, out=memory[: len(rows)])
                 torch.matmul(ones_1w, left, out=sums.unsqueeze(1))
                 torch.matmul(ones_1w, left.square_(), out=squares.unsqueeze(1))
         left_BC, square_BC = sums_B2hC.double().mean(2).div(width).unbind(1)
