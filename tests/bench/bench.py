@@ -2,8 +2,10 @@
 
 The authors' code was timed once, on a machine whose matrix product in float32 is AUTHORS_PRODUCT; its seconds are
 scaled by the same product timed here, around each case; that is what targets are for. Machines differ in how
-convolutions go beside products, so a second figure scales the base tokenizer's share by a convolution's ceiling. Every
-case has a process of its own. bf16 and int8 are left out where they are no faster; nothing is trained at int8.
+convolutions go beside products, so a second figure scales the base tokenizer's share by a convolution's ceiling. "At
+the ceiling" is the ratio that there would be if all of a case's products ran as fast as that one and nothing else took
+time: a target above it needs another machine, or fewer products. Every case has a process of its own. bf16 and int8 are
+left out where they are no faster; nothing is trained at int8.
 """
 
 import argparse
@@ -59,14 +61,16 @@ def line(case: Case, precision: Precision, row: Row, ceiling: Machine) -> str:
     authors_s = sum(case.authors_s) * slower[1]
     by_part_s = sum(seconds * factor for seconds, factor in zip(case.authors_s, slower, strict=True))
     ratio, target = authors_s / row.seconds, case.target.get(precision)
-    shares = (
-        f"{operations / seconds / ceiling[CONVOLVED_AT[precision] if 'base' in phase else precision][PRODUCT]:.0%}"
-        if operations
-        else "-"
-        for phase, (seconds, operations) in row.phases.items()
-    )
+    least_s = {
+        phase: operations / ceiling[CONVOLVED_AT[precision] if "base" in phase else precision][PRODUCT]
+        for phase, (_, operations) in row.phases.items()
+    }
+    shares = (f"{least / row.phases[phase][0]:.0%}" if least else "-" for phase, least in least_s.items())
     verdict = "none" if target is None else f"{target:g}, {'met' if ratio >= target else 'missed'}"
-    compared = f"{authors_s:.1f} | {ratio:.2f} | {verdict} | {by_part_s:.1f} | {by_part_s / row.seconds:.2f}"
+    at_most = authors_s / sum(least_s.values())
+    compared = (
+        f"{authors_s:.1f} | {ratio:.2f} | {verdict} | {at_most:.2f} | {by_part_s:.1f} | {by_part_s / row.seconds:.2f}"
+    )
     done = f"{case.label} | {precision} | {case.batch} | {row.seconds:.1f} | {compared}"
     return f"| {done} | {' | '.join(shares)} | {row.peak_gb:.1f} |"
 
@@ -104,9 +108,9 @@ def main() -> None:
     products = {kind: ceiling[PRODUCT] for kind, ceiling in found[0].items()}
     kinds = [kind for kind in options.precision if kind == "fp32" or products[kind] > products["fp32"]]
     shares = " | ".join(f"{name} of the product" for name in (*PHASES, REST))
-    authors = "authors, s | ratio | target | authors with convolutions, s | ratio"
+    authors = "authors, s | ratio | target | at the ceiling | authors with convolutions, s | ratio"
     print(f"| case | precision | batch | s | {authors} | {shares} | peak GiB |")
-    print("|" + "---|" * (4 + 5 + len(PHASES) + 2), flush=True)
+    print("|" + "---|" * (4 + 6 + len(PHASES) + 2), flush=True)
     for case in (case for case in CASES if any(part in case.label for part in options.only)):
         for precision in (kind for kind in kinds if kind != "int8" or "training" not in case.name):
             settings = {"batch": case.batch, "dtype": precision, "recompute": case.recompute}
